@@ -1,0 +1,190 @@
+"""Observed examples by name, as one uint8 tensor [n, C, H, W], prepared once and cached."""
+
+import gzip
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from . import paths
+
+NAMES = ("fashion_mnist", "fashion_mnist_mini", "folder:PATH")
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+MINI_TRAIN = 8_000  # of the 10,000 embedded images; the last 2,000 are its test split
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split: str = "train") -> Tensor:
+    """The observed examples x_i ~ p_data of a named data set.
+
+    Args:
+        name: "fashion_mnist" (60,000 training and 10,000 test images; the original idx files from `data/`, from
+            Debian's dataset-fashion-mnist, or downloaded by torchvision), "fashion_mnist_mini" (embedded: the 10,000
+            test images, the first 8,000 as "train" and the others as "test"), or "folder:PATH" (any tree of images;
+            `PATH/train` and `PATH/test` are its splits where they exist, otherwise all of PATH is "train").
+        image_size: H = W in pixels, 4 … 1024. Fashion-MNIST's 28×28 is padded with black to 32 (never stretched) and
+            left alone at 28; folders are centre-cropped to a square and resized.
+        limit: the first `limit` images (the paper: 40,000 of each data set); None for all.
+        split: "train" or "test".
+
+    Returns:
+        uint8 [n, C, image_size, image_size]; C = 1 where all images are grey, otherwise 3.
+
+    Raises:
+        ValueError: an unknown name or split, a size or limit out of range, a damaged file, no readable image.
+        FileNotFoundError: the data set is not here; the message says how to get it.
+    """
+    if not isinstance(image_size, int) or not 4 <= image_size <= 1024:
+        raise ValueError(f"image_size must be an integer in 4 … 1024, got {image_size!r}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit must be None or an integer of at least 1, got {limit!r}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'")
+    if name.startswith("folder:"):
+        images = _folder(name.removeprefix("folder:"), image_size, limit, split)
+    elif name in NAMES:
+        images = _fit(torch.from_numpy(_fashion(name, split, "images")), image_size)
+    else:
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    return images[:limit]
+
+
+def labels(name: str, split: str = "train") -> Tensor:
+    """The classes (0 … 9, see CLASSES) of "fashion_mnist" or "fashion_mnist_mini", int64 [n], in observed's order."""
+    return torch.from_numpy(_fashion(name, split, "labels")).long()
+
+
+def to_float(images: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """uint8 0 … 255 → float32 in [-1, 1], the range the model works in; the shape is kept."""
+    return images.to(device, torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float [-1, 1] → uint8 0 … 255, rounded; what lies outside the range (the chain is not clamped) is clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless images is a uint8 tensor [n ≥ 1, *shape]."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = getattr(images, "dtype", type(images).__name__)
+        hint = "; for floats in [-1, 1] use srmcmc_lib.data.to_uint8" if kind != torch.uint8 else ""
+        if isinstance(images, Tensor) and images.is_floating_point() and not images.isfinite().all():
+            hint = "; and these contain NaN or infinity"
+        raise ValueError(f"observed images must be a uint8 tensor [n, C, H, W], got {kind}{hint}")
+    if images.ndim != 4 or not len(images) or tuple(images.shape[1:]) != tuple(shape):
+        raise ValueError(f"the model takes images of shape [n, {', '.join(map(str, shape))}], got {list(images.shape)}")
+
+
+def _fit(images: Tensor, size: int) -> Tensor:
+    """[n, 28, 28] → [n, 1, size, size]: as it is at 28, otherwise padded to 32 and, for other sizes, resized."""
+    images = images[:, None]
+    if size == 28:
+        return images.clone()
+    images = F.pad(images, (2, 2, 2, 2))
+    if size != 32:
+        resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+        images = resized.round().clamp(0, 255).to(torch.uint8)
+    return images
+
+
+def _fashion(name: str, split: str, kind: str) -> np.ndarray:
+    """Images [n, 28, 28] or labels [n] of a split, read from the original idx files."""
+    if name not in ("fashion_mnist", "fashion_mnist_mini"):
+        raise ValueError(f"{name!r} is not a Fashion-MNIST set; only those have labels here")
+    mini = name == "fashion_mnist_mini"
+    stem = f"{'t10k' if mini or split == 'test' else 'train'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    array = _read_idx(paths.EMBEDDED / f"{stem}.gz" if mini else _find_fashion(stem))
+    if mini:
+        array = array[:MINI_TRAIN] if split == "train" else array[MINI_TRAIN:]
+    return array
+
+
+def _find_fashion(stem: str) -> Path:
+    raw = paths.data() / "FashionMNIST" / "raw"  # torchvision's layout
+    places = [raw, paths.data() / "fashion-mnist", paths.data(), Path("/usr/share/datasets/fashion-mnist")]
+    for place in places:
+        for file in (place / stem, place / f"{stem}.gz"):
+            if file.exists():
+                return file
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(paths.data()), download=True)  # torchvision checks the md5 sums
+    except Exception as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST ({stem}) is in none of {', '.join(map(str, places))} and could not be downloaded ({error}). "
+            "On Debian: apt-get install dataset-fashion-mnist. Elsewhere put the four idx files of "
+            "https://github.com/zalandoresearch/fashion-mnist (30 MB) in the second of these folders, "
+            "or use the embedded 'fashion_mnist_mini'."
+        ) from error
+    return raw / stem
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """An idx file of unsigned bytes, gzipped or not, as a uint8 array of 1 … 3 dimensions."""
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("it does not start as an idx file of unsigned bytes")
+        shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it and fetch it again") from error
+
+
+def _folder(path: str, size: int, limit: int | None, split: str) -> Tensor:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder:{path} names no folder ({root.absolute()}); give the folder that holds images")
+    if (root / split).is_dir():
+        root /= split
+    elif split == "test":
+        raise FileNotFoundError(f"folder:{path} has no test split; put held-out images in {root / 'test'}")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:limit]
+    if not files:
+        raise ValueError(f"folder:{path} holds no image file ({', '.join(sorted(SUFFIXES))})")
+    stamp = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((size, stamp)).encode()).hexdigest()[:16]
+    return _cached(f"{root.resolve().name}-{size}-{key}", lambda: _read_folder(files, size))
+
+
+def _read_folder(files: list[Path], size: int) -> np.ndarray:
+    pixels, unreadable, grey = [], [], True
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.load()
+                grey = grey and image.mode in ("1", "L", "LA", "I;16")
+                if image.mode == "I;16":  # 16-bit grey: Pillow's conversion would clip instead of scaling
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                pixels.append(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
+            unreadable.append(file)
+    if not pixels:
+        raise ValueError(f"none of the {len(files)} image files could be read, e.g. {files[0]}")
+    if unreadable:
+        some = ", ".join(map(str, unreadable[:5])) + (" …" if len(unreadable) > 5 else "")
+        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=5)
+    stack = np.stack(pixels).transpose(0, 3, 1, 2)
+    return stack[:, :1] if grey else stack
+
+
+def _cached(key: str, prepare: Callable[[], np.ndarray]) -> Tensor:
+    """The array stored under key, prepared on the first call; written aside and renamed, so never half there."""
+    file = paths.cache() / f"{key}.npy"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{os.getpid()}.part")
+        with aside.open("wb") as f:
+            np.save(f, np.ascontiguousarray(prepare()))
+        aside.replace(file)
+    return torch.from_numpy(np.load(file))

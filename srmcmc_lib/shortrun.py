@@ -1,0 +1,260 @@
+"""ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from . import paths
+from .energy import EnergyNet
+from .langevin import Langevin, langevin_chain
+
+FORMAT = 1  # of the checkpoint's metadata
+Z, U = 0, 1  # the two purposes for which an image needs randomness: its initial state, its chain's noise
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """p_0 = U(low, high) for each pixel, the paper's prior at (-1, 1)."""
+
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not self.low < self.high:
+            raise ValueError(f"Uniform needs low < high, got {self.low!r} and {self.high!r}")
+
+    def draw(self, shape: tuple, generator: Generator) -> Tensor:
+        z = torch.rand(shape, generator=generator, device=generator.device)
+        return z * (self.high - self.low) + self.low
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """p_0 = N(0, std²) for each pixel."""
+
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not self.std > 0:
+            raise ValueError(f"Gaussian needs std > 0, got {self.std!r}")
+
+    def draw(self, shape: tuple, generator: Generator) -> Tensor:
+        return self.std * torch.randn(shape, generator=generator, device=generator.device)
+
+
+PRIORS = {"Uniform": Uniform, "Gaussian": Gaussian}
+
+
+@dataclass
+class ShortRun:
+    """The learned model q_θ, eq. (5) and (7): z ~ p_0, x = M_θ(z, u), K Langevin steps toward f_θ, not one more.
+
+    Attributes:
+        f: the negative energy, [B, C, H, W] → [B]; an EnergyNet, or any module with `channels` and `image_size`.
+        kernel: K, s and ε; part of the model, so stored with it.
+        prior: p_0, Uniform(-1, 1) (the paper) or Gaussian.
+        value_range: the range of the data in the model's units; samples are not clamped to it.
+        dataset: the name given to `observed` when the model was learned.
+        training: a record of the learning (settings, updates, seconds), JSON-compatible.
+
+    A seed always means: image i has streams of its own for z and for the chain's noise u, made from (seed, i). So
+    image i of a seed is the same whatever the batch size, the number of images or the device.
+    """
+
+    f: nn.Module
+    kernel: Langevin = field(default_factory=Langevin)
+    prior: Uniform | Gaussian = field(default_factory=Uniform)
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    dataset: str = ""
+    training: dict = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.f.channels, self.f.image_size, self.f.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.f.parameters()).device
+
+    def to(self, device: torch.device | str) -> "ShortRun":
+        """Moves the network to a device; returns self."""
+        self.f.to(device)
+        return self
+
+    def draw_z(self, n: int, seed: int | Generator, start: int = 0) -> Tensor:
+        """z ~ p_0, [n, C, H, W]: the initial states of images start … start + n − 1 of this seed."""
+        return torch.stack([self.prior.draw(self.shape, g) for g in _streams(seed, Z, start, n)]).to(self.device)
+
+    def trajectory(self, z: Tensor, u: "Noise" = None) -> Iterator[Tensor]:
+        """Yields the K + 1 states of the chain from z [B, C, H, W], each [B, C, H, W]; `*path, x = …` gives both.
+
+        Args:
+            z: the initial state.
+            u: the chain's noise: None for the noise-free chain (u = 0), a seed or torch.Generator (image i takes
+                noise stream i), or K tensors that broadcast to z (one [K, 1, C, H, W] tensor shares noise).
+
+        Raises:
+            ValueError: z or u of a wrong shape, z with NaN or infinity.
+        """
+        for state in langevin_chain(self.f, self._checked(z), self.kernel, self._noise(u, len(z))):
+            yield state.x
+
+    def __call__(self, z: Tensor, u: "Noise" = None) -> Tensor:
+        """x = M_θ(z, u), eq. (7): the last state of `trajectory(z, u)`, [B, C, H, W]."""
+        for x in self.trajectory(z, u):
+            pass
+        if not x.isfinite().all():
+            raise FloatingPointError(f"the chain left the finite numbers within K = {self.kernel.steps} steps: f is too "
+                                     "steep for this step size; use the kernel it was trained with, or an earlier checkpoint")  # fmt: skip
+        return x
+
+    def sample(self, n: int, seed: int | Generator, batch_size: int = 64) -> Tensor:
+        """n samples of q_θ, float32 [n, C, H, W], on the model's device; equals `self(self.draw_z(n, seed), u=seed)`.
+
+        Args:
+            n: how many, at least 1.
+            seed: an integer ≥ 0 or a torch.Generator.
+            batch_size: how many chains run at once; changes speed and memory, not the images.
+        """
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"n and batch_size must be at least 1, got {n!r} and {batch_size!r}")
+        seed = _seed(seed)
+        parts = []
+        for start in range(0, n, batch_size):
+            m = min(batch_size, n - start)
+            parts.append(self(self.draw_z(m, seed, start), self._noise(seed, m, start)))
+        return torch.cat(parts)
+
+    def with_steps(self, steps: int) -> "ShortRun":
+        """The same network and prior with another K: for K at evaluation ≠ K at training."""
+        return replace(self, kernel=replace(self.kernel, steps=steps))
+
+    def _checked(self, z: Tensor) -> Tensor:
+        if z.ndim != 4 or tuple(z.shape[1:]) != self.shape:
+            raise ValueError(f"z must have the shape [B, {', '.join(map(str, self.shape))}], got {list(z.shape)}")
+        if not z.isfinite().all():
+            raise ValueError("z contains NaN or infinity")
+        return z.to(self.device)
+
+    def _noise(self, u: "Noise", n: int, start: int = 0) -> Iterator[Tensor] | None:
+        if u is None or not self.kernel.noise:
+            return None
+        if isinstance(u, int | Generator):
+            streams = _streams(u, U, start, n)
+            return (torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
+                    for _ in range(self.kernel.steps))  # fmt: skip
+        if isinstance(u, Tensor) and (u.ndim != 5 or len(u) != self.kernel.steps or u.shape[1] not in (1, n)):
+            raise ValueError(f"u must hold K = {self.kernel.steps} tensors, [K, {n} or 1, C, H, W], got {list(u.shape)}")
+        return iter(u)
+
+    def save(self, path: str | Path, **extra: Tensor) -> Path:
+        """Writes one safetensors file that holds everything needed to sample again; returns its path.
+
+        The file is written aside and renamed, so an interrupted save leaves the old one. `extra` tensors (a trainer's
+        state) travel along and are ignored by `load`.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"f.{k}": v.contiguous() for k, v in self.f.state_dict().items()} | extra
+        meta = {
+            "format": FORMAT,
+            "library": _library_version(),
+            "network": {"class": type(self.f).__name__, **getattr(self.f, "config", {})},
+            "kernel": asdict(self.kernel),
+            "prior": {"class": type(self.prior).__name__, **asdict(self.prior)},
+            "value_range": list(self.value_range),
+            "image_size": self.f.image_size,
+            "dataset": self.dataset,
+            "training": self.training,
+        }
+        aside = path.with_name(path.name + ".part")
+        save_file({k: v.detach().cpu() for k, v in tensors.items()}, aside, {"srmcmc": json.dumps(meta)})
+        aside.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, source: str | Path, f: nn.Module | None = None, device: torch.device | str = "cpu") -> "ShortRun":
+        """A saved model: a path, or the name of one shipped in srmcmc_lib/pretrained. Never unpickles.
+
+        Args:
+            source: a file, or a name such as "fashion_mnist".
+            f: the network to fill, needed only where it is not an EnergyNet.
+            device: where the network goes.
+
+        Raises:
+            FileNotFoundError: no such file or name.
+            ValueError: a damaged file, one that is no ShortRun checkpoint, or weights that do not fit the network.
+        """
+        path = find(source)
+        meta, tensors = read(path)
+        config = dict(meta["network"])
+        kind = config.pop("class")
+        if f is None:
+            if kind != "EnergyNet":
+                raise ValueError(f"{path} holds weights of a {kind}: build one and pass it as f=")
+            f = EnergyNet(**config)
+        try:
+            f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
+        prior = dict(meta["prior"])
+        prior = PRIORS[prior.pop("class")](**prior)
+        kernel = Langevin(**meta["kernel"])
+        return cls(f, kernel, prior, tuple(meta["value_range"]), meta["dataset"], meta["training"]).to(device)
+
+
+Noise = int | Generator | Tensor | Iterable[Tensor] | None
+
+
+def find(source: str | Path) -> Path:
+    """The checkpoint's file: `source` itself, or a shipped model of that name."""
+    for path in (Path(source), paths.PRETRAINED / f"{source}.safetensors"):
+        if path.is_file():
+            return path
+    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
+    raise FileNotFoundError(f"no checkpoint {str(source)!r}: give a .safetensors file or one of {shipped}")
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and all tensors of a checkpoint; ValueError where the file is damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["srmcmc"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a ShortRun checkpoint ({type(error).__name__}: {error})") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {meta.get('format')}; this library reads {FORMAT}: update it")
+    return meta, tensors
+
+
+def _library_version() -> str:
+    try:
+        return version("srmcmc")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _seed(seed: int | Generator) -> int:
+    if isinstance(seed, Generator):
+        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"a seed is an integer of at least 0 or a torch.Generator, got {seed!r}")
+    return seed
+
+
+def _streams(seed: int | Generator, purpose: int, start: int, n: int) -> list[Generator]:
+    """One CPU generator an image, whatever the device; images start … start + n − 1, purpose Z or U.
+
+    torch seeds its generators with 32 bits, so consecutive ones from a random base never collide within one call.
+    """
+    base = torch.randint(2**32, (2,), generator=Generator().manual_seed(_seed(seed)))[purpose].item()
+    return [Generator().manual_seed((base + i) % 2**32) for i in range(start, start + n)]

@@ -1,0 +1,285 @@
+"""Algorithm 1: learning the short-run chain, as an iterator over explicit records."""
+
+import csv
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from .data import check_images, to_float
+from .langevin import langevin_chain
+from .shortrun import ShortRun, read
+
+PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
+NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress"}  # may change between stop and resume
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of Algorithm 1. The defaults for rate, σ, m and Adam are those of the authors' public code.
+
+    Attributes:
+        updates: T, the number of updates in all, those before a resume included.
+        batch_size: m, observed and synthesised images per update.
+        rate: η, Adam's learning rate.
+        sigma: σ, the standard deviation of the noise added to observed images (range [-1, 1]). Keep σ ≥ 2 ε √K·s
+            small but above the chain's own noise: below it learning collapses.
+        rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
+        lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice: the
+            paper only says "gradually"). 0 lowers over the whole run.
+        betas: Adam's β_1 and β_2.
+        average: decay of a running average of θ that replaces θ in checkpoints and at the end; 0 for none (the
+            paper's). Learning itself never sees the average.
+        seed: of the four generators (data order, data noise, z, u).
+        checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end, with the full state.
+        log: a .csv file, or a folder for TensorBoard.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    updates: int = 100_000
+    batch_size: int = 64
+    rate: float = 1e-4
+    sigma: float = 0.03
+    rate_final: float | None = None
+    sigma_final: float | None = None
+    lower_from: float = 0.8
+    betas: tuple[float, float] = (0.9, 0.999)
+    average: float = 0.0
+    seed: int = 0
+    checkpoint: str | None = None
+    checkpoint_every: int = 100
+    log: str | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        for name in ("updates", "batch_size", "checkpoint_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 < self.rate < 1 or not (self.rate_final is None or 0 < self.rate_final < 1):
+            raise ValueError(f"rate and rate_final must lie in (0, 1), got {self.rate!r} and {self.rate_final!r}")
+        if not 0 <= self.sigma < 10 or not (self.sigma_final is None or 0 <= self.sigma_final < 10):
+            raise ValueError(f"sigma and sigma_final must lie in [0, 10), got {self.sigma!r} and {self.sigma_final!r}")
+        if not 0 <= self.lower_from <= 1 or not 0 <= self.average < 1:
+            raise ValueError(f"lower_from must lie in [0, 1] and average in [0, 1), got {self.lower_from!r} and {self.average!r}")  # fmt: skip
+
+    def scheduled(self, start: float, final: float | None, step: int) -> float:
+        """The value of a schedule at update `step` (0 … updates − 1)."""
+        if final is None:
+            return start
+        progress = (step / self.updates - self.lower_from) / max(1 - self.lower_from, 1e-12)
+        return final + (start - final) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one update of Algorithm 1 saw; yielded after the update.
+
+    Attributes:
+        step: updates done so far, from 1.
+        d: mean f(x⁺) − mean f(x⁻) before the update; hovers around 0 when learning is healthy.
+        grad_norm: ‖∂f/∂x‖₂ of one image, averaged over the batch and the K steps. K · grad_norm stays near 40 to 50.
+        rate, sigma: η and σ of this update.
+        seconds: spent in training so far, earlier runs included.
+    """
+
+    step: int
+    d: float
+    grad_norm: float
+    rate: float
+    sigma: float
+    seconds: float
+
+
+def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = True) -> Iterator[Record]:
+    """Implements Algorithm 1: learns model.f in place and yields a Record after each update.
+
+    Each update draws m observed images plus N(0, σ²), m fresh z ~ p_0 (nothing persists), runs K Langevin steps,
+    and follows eq. (6) with Adam. A stopped run that is resumed equals the run never stopped, bit for bit on the CPU.
+
+    Args:
+        model: network, kernel and prior; its device is used.
+        images: observed examples, uint8 [n, C, H, W], kept resident on the model's device.
+        config: settings.
+        resume: continue from config.checkpoint if that file exists; False starts anew and overwrites it.
+
+    Raises (at the call, before any work):
+        ValueError: wrong images, or a checkpoint that was made with other settings.
+    Raises (while iterating):
+        FloatingPointError: learning diverged; the last checkpoint is kept.
+    """
+    check_images(images, model.shape)
+    state = _State(model, config)
+    if resume and config.checkpoint and Path(config.checkpoint).exists():
+        state.restore(Path(config.checkpoint))
+    return _updates(model, images.to(model.device), config, state)
+
+
+def _updates(model: ShortRun, images: Tensor, config: TrainConfig, state: "_State") -> Iterator[Record]:
+    write = _log(config.log, state.step) if config.log else None
+    bar = tqdm(total=config.updates, initial=state.step, disable=not config.progress, desc="Algorithm 1")
+    started = time.perf_counter() - state.seconds
+    with bar:
+        while state.step < config.updates:
+            rate = config.scheduled(config.rate, config.rate_final, state.step)
+            sigma = config.scheduled(config.sigma, config.sigma_final, state.step)
+            d, grad_norm = update(model, images, config.batch_size, sigma, rate, state.adam, state.generators)
+            if not math.isfinite(d) or abs(d) > 1e3:
+                raise FloatingPointError(
+                    f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}. "
+                    f"Remedies: a lower rate than {rate:.1g}, a larger sigma than {sigma:.2g}, more Langevin steps, or "
+                    f"the last checkpoint with another seed ({config.checkpoint or 'none was asked for'})."
+                )
+            state.step += 1
+            state.seconds = time.perf_counter() - started
+            state.update_average()
+            record = Record(state.step, d, grad_norm, rate, sigma, state.seconds)
+            if config.checkpoint and (state.step % config.checkpoint_every == 0 or state.step == config.updates):
+                state.save(Path(config.checkpoint), record)
+            if write:
+                write(record)
+            bar.update()
+            bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{grad_norm:.2f}", refresh=False)
+            if state.step == config.updates:
+                state.finish(record)
+            yield record
+
+
+def update(model: ShortRun, images: Tensor, m: int, sigma: float, rate: float, adam, generators) -> tuple[float, float]:
+    """One pass of Algorithm 1's loop, its five lines in order; returns (d, grad_norm) as in Record."""
+    g, device = generators, images.device
+    x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"], device=device)])
+    x_minus = model.prior.draw(x_plus.shape, g["z"])
+    x_plus = x_plus + sigma * torch.randn(x_plus.shape, generator=g["sigma"], device=device)
+    U = (torch.randn(x_plus.shape, generator=g["u"], device=device) for _ in range(model.kernel.steps))
+    norms = []
+    for x_minus, df_dx in langevin_chain(model.f, x_minus, model.kernel, U):  # noqa: B020 (the chain starts at x_minus)
+        norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
+
+    f_plus, f_minus = model.f(torch.cat([x_plus, x_minus])).split(m)  # one forward pass for both
+    d = f_plus.mean() - f_minus.mean()
+    for group in adam.param_groups:
+        group["lr"] = rate
+    adam.zero_grad()
+    (-d).backward()  # Adam descends, eq. (6) ascends
+    adam.step()
+    return d.item(), torch.stack(norms).mean().item()
+
+
+def grow(model: ShortRun, steps: int) -> ShortRun:
+    """The model with another K and almost the same images: f is scaled by K_old / K_new, so K·s·f' is kept.
+
+    K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
+    with the paper's K = 100. Our own device, not the paper's. Scales the last layer of model.f in place.
+    """
+    last = [m for m in model.f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+    with torch.no_grad():
+        for p in last.parameters():
+            p.mul_(model.kernel.steps / steps)
+    return model.with_steps(steps)
+
+
+class _State:
+    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters."""
+
+    def __init__(self, model: ShortRun, config: TrainConfig):
+        self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
+        self.adam = torch.optim.Adam(model.f.parameters(), lr=config.rate, betas=config.betas)
+        self.generators = {p: Generator(model.device).manual_seed(4 * config.seed + i) for i, p in enumerate(PURPOSES)}
+        self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
+
+    def _theta(self):
+        return self.model.f.named_parameters()
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))  # the first updates are soon forgotten
+        for k, p in self._theta() if self.average else ():
+            self.average[k].lerp_(p, 1 - decay)
+
+    def save(self, path: Path, record: Record) -> None:
+        extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
+        for i, moments in self.adam.state_dict()["state"].items():
+            extra |= {f"adam.{i}.{k}": v.contiguous() for k, v in moments.items()}
+        theta = {k: p.detach().clone() for k, p in self._theta()}
+        extra |= {f"theta.{k}": p.contiguous() for k, p in theta.items()} if self.average else {}
+        self._describe(record)
+        try:
+            self._fill(self.average)  # what a reader of the checkpoint samples with
+            self.model.save(path, **extra)
+        finally:
+            self._fill(theta)
+
+    def finish(self, record: Record) -> None:
+        self._describe(record)
+        self._fill(self.average)
+
+    def _describe(self, record: Record) -> None:
+        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
+        self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for k, p in self._theta() if values else ():
+            p.copy_(values[k])
+
+    def restore(self, path: Path) -> None:
+        meta, tensors = read(path)
+        stored = meta["training"].get("config")
+        if stored is None:
+            raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
+        for name in [f.name for f in fields(TrainConfig) if f.name not in NOT_COMPARED]:
+            asked = getattr(self.config, name)
+            asked = list(asked) if isinstance(asked, tuple) else asked
+            if stored[name] != asked:
+                raise ValueError(f"{path} was trained with {name}={stored[name]!r}, the config says {asked!r}: "
+                                 "set it back, or pass resume=False to start anew")  # fmt: skip
+        kernel = asdict(self.model.kernel)
+        if meta["kernel"] != kernel or meta["network"] != {"class": type(self.model.f).__name__, **self.model.f.config}:
+            raise ValueError(f"{path} holds {meta['network']} with {meta['kernel']}, the model at hand is another one")
+        theta = "theta." if self.average else "f."
+        self._fill({k: tensors[theta + k] for k, _ in self._theta()})
+        self.average = {k: tensors["f." + k].to(v.device) for k, v in self.average.items()}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in [k for k in tensors if k.startswith("adam.")]:
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = tensors[name]
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        for purpose, g in self.generators.items():
+            g.set_state(tensors[f"generator.{purpose}"])
+        self.model.training = meta["training"]
+        self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
+
+
+def _log(target: str, step: int):
+    """A function that appends a Record to a CSV file (rows beyond `step` are dropped) or to a TensorBoard folder."""
+    if not target.endswith(".csv"):
+        from torch.utils.tensorboard import SummaryWriter  # optional: pip install tensorboard
+
+        writer = SummaryWriter(target, purge_step=step + 1)
+        return lambda r: [writer.add_scalar(k, v, r.step) for k, v in asdict(r).items() if k != "step"]
+
+    path, names = Path(target), [f.name for f in fields(Record)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    if step and path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def write(record: Record) -> None:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, names).writerow(asdict(record))
+
+    return write
