@@ -31,5 +31,5 @@ def checkpoints() -> Path:
 
 
 def figures() -> Path:
-    """Regenerated figures, one folder a notebook."""
-    return home() / "figures"
+    """Regenerated figures, one folder a notebook: $SRMCMC_FIGURES (the runner's aside folder) or home/figures."""
+    return Path(os.environ["SRMCMC_FIGURES"]).expanduser() if "SRMCMC_FIGURES" in os.environ else home() / "figures"

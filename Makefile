@@ -1,0 +1,111 @@
+# `make` alone prints what there is to make.
+PROFILE ?= cpu
+CORES ?= 1
+CELL_TIMEOUT ?= 3600
+
+# An active virtual environment, or a conda environment named srmcmc, is used as it is. Otherwise .venv is made from
+# requirements.lock; its stamp is written last, so that an interrupted installation doesn't look finished.
+ACTIVE := $(VIRTUAL_ENV)
+ifeq ($(ACTIVE),$(CURDIR)/.venv)
+  ACTIVE :=
+endif
+ifneq ($(ACTIVE),)
+  PYTHON := $(ACTIVE)/bin/python
+  ENV := active-environment
+else ifeq ($(CONDA_DEFAULT_ENV),srmcmc)
+  PYTHON := python
+  ENV := active-environment
+else
+  PYTHON := .venv/bin/python
+  ENV := .venv/complete
+endif
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# A kernelspec "python3" in the user's home must not take the notebooks to another interpreter.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help figures test lab notebooks lock active-environment
+
+help:
+	@echo 'make figures    run the notebooks of profiles/$$PROFILE.yaml (PROFILE=cpu) that changed; write figures/'
+	@echo 'make test       ruff, pytest, and every notebook through nbval'
+	@echo 'make lab        open the notebooks in JupyterLab'
+	@echo 'make notebooks  execute the notebooks in place, so that their committed outputs are true'
+	@echo 'make lock       renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
+	@echo
+	@echo 'Python: an active virtual environment, or a conda environment named srmcmc, as it is; otherwise .venv, made'
+	@echo 'from requirements.lock when first needed. CELL_TIMEOUT=3600 is the limit of one cell in seconds.'
+
+# --nolock: a killed run must not block the next; two at once are safe, for the runner writes aside and renames.
+figures: $(ENV)
+	@"$(PYTHON)" -m srmcmc_lib.runner --check --profile "profiles/$(PROFILE).yaml"
+	"$(PYTHON)" -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet rules host progress \
+	  --config profile="$(PROFILE)" cell_timeout=$(CELL_TIMEOUT)
+
+test: EXTRA := test
+test: $(ENV)
+	"$(PYTHON)" -m ruff check
+	"$(PYTHON)" -m ruff format --check
+	@rm -rf .cache/test-figures
+	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest
+	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=900 notebooks/
+
+lab: $(ENV)
+	"$(PYTHON)" -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+notebooks: $(ENV)
+	"$(PYTHON)" -m srmcmc_lib.runner --in-place --cell-timeout $(CELL_TIMEOUT) notebooks/*.ipynb
+
+lock:
+	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
+	uv pip compile --universal --python-version 3.11 --all-extras --no-annotate $(UV_FLAGS) pyproject.toml \
+	  --output-file requirements.lock
+
+.venv/complete: requirements.lock pyproject.toml
+	@if ! .venv/bin/python -c "$$IN_RANGE" 2>/dev/null; then \
+	  for python in python3 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c "$$IN_RANGE" 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'No Python from 3.11 to 3.13 with its venv module was found as python3, python3.13, python3.12 or' >&2; \
+	    echo 'python3.11 (Debian: apt-get install python3-venv). Install one, or activate an environment with it.' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making .venv with $$("$$found" --version)"; \
+	  "$$found" -m venv --clear .venv; \
+	fi
+	.venv/bin/python -m pip install --quiet --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+active-environment:
+	@"$(PYTHON)" -c "$$IN_RANGE" || { echo 'The active environment ("$(PYTHON)") is not Python 3.11, 3.12 or 3.13.' >&2; exit 1; }
+	@"$(PYTHON)" -c "$$COMPLETE" $(EXTRA)
+
+define IN_RANGE
+import sys, venv, ensurepip
+sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+endef
+export IN_RANGE
+
+define COMPLETE
+import re, sys, tomllib
+from importlib.metadata import PackageNotFoundError, version
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = project["dependencies"] + [r for e in sys.argv[1:] for r in project["optional-dependencies"][e]]
+def lacking(requirement):
+    try:
+        from packaging.requirements import Requirement
+        r = Requirement(requirement)
+        return not r.specifier.contains(version(r.name), prereleases=True)
+    except (ImportError, PackageNotFoundError):
+        return True
+missing = [r for r in wanted if lacking(r)]
+if missing:
+    extra = f"[{','.join(sys.argv[1:])}]" if sys.argv[1:] else ""
+    sys.exit(f"The active environment ({sys.prefix}) lacks {', '.join(missing)}.\n"
+             f"Either: {sys.executable} -m pip install -e '.{extra}'\n"
+             "or deactivate it, and make builds .venv from requirements.lock.")
+endef
+export COMPLETE

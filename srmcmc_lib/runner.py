@@ -1,0 +1,348 @@
+"""Runs a notebook headlessly with a profile's parameters; its figures are replaced only if it succeeds.
+
+python -m srmcmc_lib.runner notebooks/01_synthesis.ipynb --profile profiles/cpu.yaml --set seed=1
+python -m srmcmc_lib.runner --check --profile profiles/cpu.yaml      # all of a profile, nothing is run
+python -m srmcmc_lib.runner --in-place notebooks/*.ipynb             # refresh the committed outputs
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nbformat
+import torch
+import yaml
+
+from . import paths
+
+DEFAULT_PROFILE = "cpu"  # its figures are committed; those of other profiles go to figures/<profile>/
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+class ProfileError(ValueError):
+    """A profile or a --set that doesn't fit the notebooks; raised before anything runs."""
+
+
+class NotebookFailed(RuntimeError):
+    """A cell failed; says which one, and where the executed notebook is."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but 1e-4 is a number (YAML 1.1 wants 1.0e-4 and reads a string) and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in {k for k in keys if keys.count(k) > 1}:
+            raise yaml.YAMLError(f"{key!r} is given twice (near line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def read_profile(profile: Path) -> dict[str, dict]:
+    """Notebook name → the parameters that differ from the notebook's defaults."""
+    if not profile.is_file():
+        there = ", ".join(sorted(p.stem for p in profile.parent.glob("*.yaml"))) or "none"
+        raise ProfileError(f"there is no profile {profile}; {profile.parent}/ has: {there}")
+    try:
+        content = yaml.load(profile.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{profile} can't be read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise ProfileError(f"{profile} must map each notebook to its parameters, as in '00_quickstart: {{}}'")
+    return content
+
+
+def defaults(notebook: Path) -> dict:
+    """The names and defaults of a notebook's cell tagged `parameters`."""
+    cells = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    found = {}
+    for statement in ast.parse(cells[0].source).body if cells else []:
+        try:
+            match statement:
+                case (
+                    ast.Assign(targets=[ast.Name(id=name)], value=value)
+                    | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+                ):
+                    found[name] = ast.literal_eval(value)
+                case _:
+                    raise ValueError
+        except ValueError:
+            line = ast.unparse(statement).splitlines()[0]
+            raise ProfileError(f"{notebook}: the parameters cell holds `name = literal` only, not `{line}`") from None
+    return found
+
+
+def parameters(notebook: Path, profile: Path, overrides: dict | None = None) -> dict:
+    """All parameters as the notebook will see them: its defaults, then the profile's, then `overrides`."""
+    if not notebook.is_file():
+        raise ProfileError(f"there is no notebook {notebook}{_nearest(notebook.stem, _names(notebook.parent))}")
+    entries = read_profile(profile)
+    if notebook.stem not in entries:
+        raise ProfileError(f"{profile} has no entry {notebook.stem!r}{_nearest(notebook.stem, entries)}")
+    known = defaults(notebook)
+    for source, given in ((str(profile), entries[notebook.stem]), ("--set", overrides or {})):
+        for name, value in given.items():
+            where = f"{source}: {notebook.stem}: {name}"
+            if name not in known:
+                raise ProfileError(f"{where} is no parameter of {notebook}{_nearest(str(name), known)}")
+            if not _fits(value, known[name]):
+                raise ProfileError(f"{where}={value!r} is a {type(value).__name__}, but the default "
+                                   f"{known[name]!r} is a {type(known[name]).__name__}")  # fmt: skip
+    return known | entries[notebook.stem] | (overrides or {})
+
+
+def check(profile: Path, notebooks: Path) -> dict[str, dict]:
+    """Validates a whole profile: all parameters by notebook, or ProfileError with every problem in it."""
+    found, problems = {}, []
+    for name in read_profile(profile):
+        try:
+            found[name] = parameters(notebooks / f"{name}.ipynb", profile)
+        except ProfileError as error:
+            problems.append(f"{profile}: {error}" if str(profile) not in str(error) else str(error))
+    if problems:
+        raise ProfileError("\n".join(problems))
+    return found
+
+
+def planned(notebook: Path, profile: Path, overrides: dict | None = None) -> dict:
+    """What decides a run: all parameters, and a hash of the cells (outputs left out). The manifest repeats it."""
+    values = parameters(notebook, profile, overrides)
+    cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, 4).cells]
+    plan = {
+        "notebook": notebook.stem,
+        "profile": profile.stem,
+        "parameters": values,
+        "cells_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
+    }
+    return json.loads(json.dumps(plan))  # tuples become lists, as in the manifest
+
+
+def target(notebook: Path, profile: Path) -> Path:
+    """The folder of a notebook's figures under a profile."""
+    root = paths.figures() if profile.stem == DEFAULT_PROFILE else paths.figures() / profile.stem
+    return root / notebook.stem
+
+
+def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeout: int = 3600) -> Path:
+    """Executes one notebook and swaps in its folder of figures, which also gets the executed notebook, its HTML and
+    manifest.json.
+
+    Args:
+        notebook: its working directory is the folder it lies in, as in JupyterLab and under nbval.
+        profile: a YAML file with an entry for this notebook.
+        overrides: parameters that go before the profile's.
+        cell_timeout: seconds for one cell.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ProfileError: before anything runs.
+        NotebookFailed: the last good figures stay; the executed notebook is beside them as NN_name.failed.ipynb.
+    """
+    from nbconvert import HTMLExporter  # here, because `--check` and the Snakefile needn't wait for it
+
+    plan, name, folder = planned(notebook, profile, overrides), notebook.stem, target(notebook, profile)
+    changed = {k: v for k, v in parameters(notebook, profile, overrides).items() if v != defaults(notebook)[k]}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    failed = folder.parent / f"{name}.failed.ipynb"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as aside:  # same disk: a rename will do
+        fresh = Path(aside) / name
+        fresh.mkdir()
+        git, started = _git(), time.perf_counter()
+        try:
+            executed = _execute(notebook, fresh / f"{name}.ipynb", changed, Path(aside), cell_timeout)
+            strays = sorted(p.name for p in Path(aside).iterdir() if p != fresh)
+            if strays:
+                raise NotebookFailed(f"{name} saved figures as {strays}; plots.save must be given {name!r}")
+        except NotebookFailed as error:
+            if (fresh / f"{name}.ipynb").exists():
+                shutil.move(fresh / f"{name}.ipynb", failed)
+            kept = f"the last good figures stay in {folder}" if folder.exists() else "there are no earlier figures"
+            raise NotebookFailed(f"{error}\n  executed so far: {failed}\n  {kept}") from error
+        manifest = plan | {
+            "seed": plan["parameters"].get("seed"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "versions": {package: _version(package) for package in ("srmcmc", "torch", "numpy")},
+            "git": git,
+        }
+        nbformat.write(executed, fresh / f"{name}.ipynb")
+        html, _ = HTMLExporter().from_notebook_node(executed)
+        (fresh / f"{name}.html").write_text(html, encoding="utf-8")
+        manifest = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (fresh / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(aside) / ".last")
+        fresh.rename(folder)
+    failed.unlink(missing_ok=True)
+    return folder
+
+
+def refresh(notebook: Path, cell_timeout: int = 3600) -> None:
+    """Executes a notebook with its defaults and writes its outputs back; its figures are thrown away."""
+    with tempfile.TemporaryDirectory() as aside:
+        executed = _execute(notebook, Path(aside) / notebook.name, {}, Path(aside), cell_timeout)
+        (Path(aside) / notebook.name).write_text(nbformat.writes(executed) + "\n", encoding="utf-8")
+        shutil.copyfile(Path(aside) / notebook.name, notebook)
+
+
+def _execute(notebook: Path, output: Path, changed: dict, figures: Path, cell_timeout: int) -> nbformat.NotebookNode:
+    """Runs the cells with $SRMCMC_FIGURES = figures; the executed notebook, cleaned, or NotebookFailed."""
+    import papermill
+    from ipykernel.kernelspec import make_ipkernel_cmd
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    path = os.pathsep.join(p for p in (str(paths.PACKAGE.parent), os.environ.get("PYTHONPATH")) if p)
+    env = {"SRMCMC_FIGURES": str(figures.resolve()), "PYTHONPATH": path}
+
+    class ThisPython(AsyncKernelManager):
+        """Whatever kernelspec the notebook names or the user has installed, the kernel is this very interpreter."""
+
+        @property
+        def kernel_spec(self):
+            argv = [*make_ipkernel_cmd(), "--log-level=ERROR"]  # it warns of every connection over TCP
+            return KernelSpec(argv=argv, env=env, display_name="Python 3", language="python")
+
+    try:
+        papermill.execute_notebook(
+            notebook, output, changed, kernel_name="python3", kernel_manager_class=ThisPython, cwd=notebook.parent,
+            execution_timeout=cell_timeout, progress_bar=sys.stderr.isatty(),
+        )  # fmt: skip
+    except Exception as error:  # a cell's own error, a time-out or a dead kernel, each with its class
+        raise NotebookFailed(f"{notebook} failed{_where(output, error)}") from error
+    return _clean(nbformat.read(output, 4))
+
+
+def _where(output: Path, error: Exception) -> str:
+    """' in cell In [3] (its first line): the error', as far as it is known."""
+    if hasattr(error, "ename"):  # raised by the cell itself
+        said = f"{error.ename}: {error.evalue}"
+    else:
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    cells = nbformat.read(output, 4).cells if output.exists() else []
+    begun = [c for c in cells if c.metadata.get("papermill", {}).get("status") in ("running", "failed", "completed")]
+    if not begun:
+        return f": {said}"
+    count = getattr(error, "exec_count", None) or begun[-1].get("execution_count") or " "
+    line = next((line for line in begun[-1].source.splitlines() if line.strip()), "")
+    return f" in cell In [{count}] ({line}): {said}"
+
+
+def _clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drops what differs from run to run, and widgets: without their state (GitHub fails on it) they show nothing."""
+    nb.metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in nb.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET_VIEW not in o.get("data", {})]
+    return nbformat.from_dict(nb)
+
+
+def _fits(value, default) -> bool:
+    if default is None:
+        return value is None or isinstance(value, bool | int | float | str | list | dict)  # no dates
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple) and all(any(_fits(v, d) for d in default) for v in value if default)
+    return isinstance(value, type(default))
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), 1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(str, names)) or 'none'}"
+
+
+def _names(notebooks: Path) -> list[str]:
+    return sorted(p.stem for p in notebooks.glob("*.ipynb"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the library used from the checkout without being installed
+        return None
+
+
+def _git() -> dict | None:
+    """Revision, and whether the tree differs from it (figures aside: the notebooks before this one changed those)."""
+
+    def say(*words):
+        return subprocess.run(["git", *words], cwd=paths.home(), capture_output=True, text=True, check=True).stdout
+
+    try:
+        dirty = bool(say("status", "--porcelain", "--", ".", ":!figures").strip())
+        return {"revision": say("rev-parse", "HEAD").strip(), "dirty": dirty}
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        return None
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"--set takes name=value, got {text!r}")
+    return name.strip(), yaml.load(value, _Loader)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m srmcmc_lib.runner", description=__doc__.splitlines()[0])
+    parser.add_argument("notebook", nargs="*", type=Path)
+    parser.add_argument("--profile", type=Path, default=paths.home() / "profiles" / f"{DEFAULT_PROFILE}.yaml")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], type=_assignment, metavar="NAME=VALUE")
+    parser.add_argument("--cell-timeout", type=int, default=3600, metavar="SECONDS")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="validate the whole profile, run nothing")
+    what.add_argument("--in-place", action="store_true", help="run with the defaults, write the outputs back")
+    options = parser.parse_args(argv)
+    if not options.check and not options.notebook:
+        parser.error("name a notebook")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder aside and the kernel go too
+    try:
+        if options.check:
+            found = check(options.profile, paths.home() / "notebooks")
+            print(f"{options.profile}: {len(found)} notebooks, all parameters known")
+        for notebook in () if options.check else options.notebook:
+            print(f"{notebook}: running", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            if options.in_place:
+                refresh(notebook, options.cell_timeout)
+            else:
+                run(notebook, options.profile, dict(options.overrides), options.cell_timeout)
+            where = notebook if options.in_place else target(notebook, options.profile)
+            print(f"{notebook}: {time.perf_counter() - started:.0f} s, written to {where}", file=sys.stderr)
+    except (ProfileError, NotebookFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ProfileError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
