@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from . import paths
 NAMES = ("fashion_mnist", "fashion_mnist_mini", "folder:PATH")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MINI_TRAIN = 8_000  # of the 10,000 embedded images; the last 2,000 are its test split
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist puts the idx files
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -109,19 +111,19 @@ def _fashion(name: str, split: str, kind: str) -> np.ndarray:
 
 def _find_fashion(stem: str) -> Path:
     raw = paths.data() / "FashionMNIST" / "raw"  # torchvision's layout
-    places = [raw, paths.data() / "fashion-mnist", paths.data(), Path("/usr/share/datasets/fashion-mnist")]
+    places = [raw, paths.data() / "fashion-mnist", paths.data(), DEBIAN]
     for place in places:
         for file in (place / stem, place / f"{stem}.gz"):
             if file.exists():
                 return file
-    from torchvision.datasets import FashionMNIST
-
     try:
+        from torchvision.datasets import FashionMNIST
+
         FashionMNIST(str(paths.data()), download=True)  # torchvision checks the md5 sums
     except Exception as error:
         raise FileNotFoundError(
-            f"Fashion-MNIST ({stem}) is in none of {', '.join(map(str, places))} and could not be downloaded ({error}). "
-            "On Debian: apt-get install dataset-fashion-mnist. Elsewhere put the four idx files of "
+            f"Fashion-MNIST ({stem}) is in none of {', '.join(map(str, places))} and could not be downloaded ({error})."
+            " On Debian: apt-get install dataset-fashion-mnist. Elsewhere put the four idx files of "
             "https://github.com/zalandoresearch/fashion-mnist (30 MB) in the second of these folders, "
             "or use the embedded 'fashion_mnist_mini'."
         ) from error
@@ -136,7 +138,7 @@ def _read_idx(file: Path) -> np.ndarray:
             raise ValueError("it does not start as an idx file of unsigned bytes")
         shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it and fetch it again") from error
 
 
@@ -152,7 +154,7 @@ def _folder(path: str, size: int, limit: int | None, split: str) -> Tensor:
     if not files:
         raise ValueError(f"folder:{path} holds no image file ({', '.join(sorted(SUFFIXES))})")
     stamp = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((size, stamp)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((str(root.resolve()), size, stamp)).encode()).hexdigest()[:16]
     return _cached(f"{root.resolve().name}-{size}-{key}", lambda: _read_folder(files, size))
 
 
@@ -173,7 +175,7 @@ def _read_folder(files: list[Path], size: int) -> np.ndarray:
         raise ValueError(f"none of the {len(files)} image files could be read, e.g. {files[0]}")
     if unreadable:
         some = ", ".join(map(str, unreadable[:5])) + (" …" if len(unreadable) > 5 else "")
-        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=5)
+        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=6)
     stack = np.stack(pixels).transpose(0, 3, 1, 2)
     return stack[:, :1] if grey else stack
 
@@ -183,8 +185,9 @@ def _cached(key: str, prepare: Callable[[], np.ndarray]) -> Tensor:
     file = paths.cache() / f"{key}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        array = np.ascontiguousarray(prepare())
         aside = file.with_name(f"{file.name}.{os.getpid()}.part")
         with aside.open("wb") as f:
-            np.save(f, np.ascontiguousarray(prepare()))
+            np.save(f, array)
         aside.replace(file)
     return torch.from_numpy(np.load(file))

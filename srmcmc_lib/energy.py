@@ -42,7 +42,7 @@ class EnergyNet(nn.Module):
             ("image_size", image_size, 5, 1024),
             ("width", width, 1, 4096),
         ]:
-            if not isinstance(value, int) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} must be an integer in {low} … {high}, got {value!r}")
         self.channels, self.image_size, self.width, self.activation = channels, image_size, width, activation
         padded = 1 << (image_size - 1).bit_length()  # the next power of two

@@ -113,7 +113,10 @@ def langevin_chain(f, x: Tensor, kernel: Langevin, U: Iterable[Tensor] | None = 
     x = x.detach()
     yield ChainState(x, None)
     U = iter(U) if U is not None else None
-    for _ in range(kernel.steps):
+    for k in range(kernel.steps):
         df_dx = gradient(f, x)
-        x = x + s * df_dx + (ε * next(U) if U is not None else 0.0)
+        u = next(U, None) if U is not None else 0.0
+        if u is None:
+            raise ValueError(f"u ended after {k} of K = {kernel.steps} steps")
+        x = x + s * df_dx + ε * u
         yield ChainState(x, df_dx)

@@ -81,8 +81,17 @@ class ShortRun:
         return (self.f.channels, self.f.image_size, self.f.image_size)
 
     @property
+    def config(self) -> dict:
+        """Network, kernel and prior in words and numbers: what a checkpoint stores and a resumed run compares."""
+        return {
+            "network": {"class": type(self.f).__name__, **getattr(self.f, "config", {})},
+            "kernel": asdict(self.kernel),
+            "prior": {"class": type(self.prior).__name__, **asdict(self.prior)},
+        }
+
+    @property
     def device(self) -> torch.device:
-        return next(self.f.parameters()).device
+        return next(self.f.parameters(), torch.empty(0)).device
 
     def to(self, device: torch.device | str) -> "ShortRun":
         """Moves the network to a device; returns self."""
@@ -112,8 +121,10 @@ class ShortRun:
         for x in self.trajectory(z, u):
             pass
         if not x.isfinite().all():
-            raise FloatingPointError(f"the chain left the finite numbers within K = {self.kernel.steps} steps: f is too "
-                                     "steep for this step size; use the kernel it was trained with, or an earlier checkpoint")  # fmt: skip
+            raise FloatingPointError(
+                f"the chain left the finite numbers within K = {self.kernel.steps} steps: f is too steep for this step "
+                "size; use the kernel it was trained with, or an earlier checkpoint"
+            )
         return x
 
     def sample(self, n: int, seed: int | Generator, batch_size: int = 64) -> Tensor:
@@ -121,7 +132,7 @@ class ShortRun:
 
         Args:
             n: how many, at least 1.
-            seed: an integer ≥ 0 or a torch.Generator.
+            seed: an integer in 0 … 2³² − 1 or a torch.Generator.
             batch_size: how many chains run at once; changes speed and memory, not the images.
         """
         if n < 1 or batch_size < 1:
@@ -151,8 +162,10 @@ class ShortRun:
             streams = _streams(u, U, start, n)
             return (torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
                     for _ in range(self.kernel.steps))  # fmt: skip
-        if isinstance(u, Tensor) and (u.ndim != 5 or len(u) != self.kernel.steps or u.shape[1] not in (1, n)):
-            raise ValueError(f"u must hold K = {self.kernel.steps} tensors, [K, {n} or 1, C, H, W], got {list(u.shape)}")
+        shapes = [(self.kernel.steps, b, *self.shape) for b in (1, n)]
+        if isinstance(u, Tensor) and tuple(u.shape) not in shapes:
+            shapes = " or ".join(map(str, shapes))
+            raise ValueError(f"u must hold K = {self.kernel.steps} tensors, {shapes}, got {tuple(u.shape)}")
         return iter(u)
 
     def save(self, path: str | Path, **extra: Tensor) -> Path:
@@ -167,9 +180,7 @@ class ShortRun:
         meta = {
             "format": FORMAT,
             "library": _library_version(),
-            "network": {"class": type(self.f).__name__, **getattr(self.f, "config", {})},
-            "kernel": asdict(self.kernel),
-            "prior": {"class": type(self.prior).__name__, **asdict(self.prior)},
+            **self.config,
             "value_range": list(self.value_range),
             "image_size": self.f.image_size,
             "dataset": self.dataset,
@@ -229,10 +240,14 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["srmcmc"])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        if not isinstance(meta, dict):
+            raise ValueError("its metadata are no record")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a ShortRun checkpoint ({type(error).__name__}: {error})") from error
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {meta.get('format')}; this library reads {FORMAT}: update it")
+    if missing := {"network", "kernel", "prior", "value_range", "dataset", "training"} - meta.keys():
+        raise ValueError(f"{path} is damaged: its metadata lack {', '.join(sorted(missing))}")
     return meta, tensors
 
 
@@ -245,9 +260,9 @@ def _library_version() -> str:
 
 def _seed(seed: int | Generator) -> int:
     if isinstance(seed, Generator):
-        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"a seed is an integer of at least 0 or a torch.Generator, got {seed!r}")
+        return int(torch.randint(2**32, (), generator=seed, device=seed.device))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:  # all that torch keeps
+        raise ValueError(f"a seed is an integer in 0 … 2³² − 1 or a torch.Generator, got {seed!r}")
     return seed
 
 

@@ -1,6 +1,7 @@
 """Algorithm 1: learning the short-run chain, as an iterator over explicit records."""
 
 import csv
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -64,12 +65,17 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**30:
+            raise ValueError(f"seed must be an integer in 0 … 2³⁰ − 1, got {self.seed!r}")
+        if len(self.betas) != 2 or not all(0 <= β < 1 for β in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not 0 < self.rate < 1 or not (self.rate_final is None or 0 < self.rate_final < 1):
             raise ValueError(f"rate and rate_final must lie in (0, 1), got {self.rate!r} and {self.rate_final!r}")
         if not 0 <= self.sigma < 10 or not (self.sigma_final is None or 0 <= self.sigma_final < 10):
             raise ValueError(f"sigma and sigma_final must lie in [0, 10), got {self.sigma!r} and {self.sigma_final!r}")
         if not 0 <= self.lower_from <= 1 or not 0 <= self.average < 1:
-            raise ValueError(f"lower_from must lie in [0, 1] and average in [0, 1), got {self.lower_from!r} and {self.average!r}")  # fmt: skip
+            got = f"{self.lower_from!r} and {self.average!r}"
+            raise ValueError(f"lower_from must lie in [0, 1] and average in [0, 1), got {got}")
 
     def scheduled(self, start: float, final: float | None, step: int) -> float:
         """The value of a schedule at update `step` (0 … updates − 1)."""
@@ -134,18 +140,18 @@ def _updates(model: ShortRun, images: Tensor, config: TrainConfig, state: "_Stat
             d, grad_norm = update(model, images, config.batch_size, sigma, rate, state.adam, state.generators)
             if not math.isfinite(d) or abs(d) > 1e3:
                 raise FloatingPointError(
-                    f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}. "
-                    f"Remedies: a lower rate than {rate:.1g}, a larger sigma than {sigma:.2g}, more Langevin steps, or "
+                    f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
+                    f" Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or "
                     f"the last checkpoint with another seed ({config.checkpoint or 'none was asked for'})."
                 )
             state.step += 1
             state.seconds = time.perf_counter() - started
             state.update_average()
             record = Record(state.step, d, grad_norm, rate, sigma, state.seconds)
+            if write:  # before the checkpoint: a run killed in between then misses no row
+                write(record)
             if config.checkpoint and (state.step % config.checkpoint_every == 0 or state.step == config.updates):
                 state.save(Path(config.checkpoint), record)
-            if write:
-                write(record)
             bar.update()
             bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{grad_norm:.2f}", refresh=False)
             if state.step == config.updates:
@@ -180,11 +186,12 @@ def grow(model: ShortRun, steps: int) -> ShortRun:
     K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
     with the paper's K = 100. Our own device, not the paper's. Scales the last layer of model.f in place.
     """
+    grown = model.with_steps(steps)
     last = [m for m in model.f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
     with torch.no_grad():
         for p in last.parameters():
             p.mul_(model.kernel.steps / steps)
-    return model.with_steps(steps)
+    return grown
 
 
 class _State:
@@ -224,6 +231,7 @@ class _State:
 
     def _describe(self, record: Record) -> None:
         settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
+        settings["betas"] = list(settings["betas"])  # as JSON gives them back
         self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
 
     @torch.no_grad()
@@ -234,29 +242,39 @@ class _State:
     def restore(self, path: Path) -> None:
         meta, tensors = read(path)
         stored = meta["training"].get("config")
-        if stored is None:
+        if stored is None or "generator.data" not in tensors:
             raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
         for name in [f.name for f in fields(TrainConfig) if f.name not in NOT_COMPARED]:
             asked = getattr(self.config, name)
             asked = list(asked) if isinstance(asked, tuple) else asked
-            if stored[name] != asked:
-                raise ValueError(f"{path} was trained with {name}={stored[name]!r}, the config says {asked!r}: "
+            if stored.get(name) != asked:
+                raise ValueError(f"{path} was trained with {name}={stored.get(name)!r}, the config says {asked!r}: "
                                  "set it back, or pass resume=False to start anew")  # fmt: skip
-        kernel = asdict(self.model.kernel)
-        if meta["kernel"] != kernel or meta["network"] != {"class": type(self.model.f).__name__, **self.model.f.config}:
-            raise ValueError(f"{path} holds {meta['network']} with {meta['kernel']}, the model at hand is another one")
+        for name, here in json.loads(json.dumps(self.model.config)).items():
+            if meta[name] != here:
+                raise ValueError(f"{path} holds a model with {name} {meta[name]}, the model at hand has {here}")
         theta = "theta." if self.average else "f."
         self._fill({k: tensors[theta + k] for k, _ in self._theta()})
-        self.average = {k: tensors["f." + k].to(v.device) for k, v in self.average.items()}
+        for k, average in self.average.items():
+            average.copy_(tensors["f." + k])
         moments: dict[int, dict[str, Tensor]] = {}
         for name in [k for k in tensors if k.startswith("adam.")]:
             _, i, key = name.split(".")
-            moments.setdefault(int(i), {})[key] = tensors[name]
+            layout = self.adam.param_groups[0]["params"][int(i)] if tensors[name].ndim else tensors[name]
+            moments.setdefault(int(i), {})[key] = torch.empty_like(layout).copy_(tensors[name])  # channels_last again
         self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
         for purpose, g in self.generators.items():
             g.set_state(tensors[f"generator.{purpose}"])
         self.model.training = meta["training"]
         self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
+        if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
+            self._fill(self.average)
+
+
+def read_log(path: str | Path) -> list[Record]:
+    """The records of a CSV log, in order."""
+    with Path(path).open(newline="") as file:
+        return [Record(int(row.pop("step")), **{k: float(v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
 def _log(target: str, step: int):
