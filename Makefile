@@ -39,8 +39,9 @@ help:
 # --nolock: a killed run must not block the next; two at once are safe, for the runner writes aside and renames.
 figures: $(ENV)
 	@"$(PYTHON)" -m srmcmc_lib.runner --check --profile "profiles/$(PROFILE).yaml"
-	"$(PYTHON)" -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet rules host progress \
+	"$(PYTHON)" -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all \
 	  --config profile="$(PROFILE)" cell_timeout=$(CELL_TIMEOUT)
+	@echo 'The figures of profile $(PROFILE) are up to date.'
 
 test: EXTRA := test
 test: $(ENV)
@@ -75,7 +76,7 @@ lock:
 	  echo "making .venv with $$("$$found" --version)"; \
 	  "$$found" -m venv --clear .venv; \
 	fi
-	.venv/bin/python -m pip install --quiet --requirement requirements.lock
+	.venv/bin/python -m pip install $(if $(CI)$(wildcard $@),--quiet) --requirement requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

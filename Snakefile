@@ -1,5 +1,7 @@
 # The graph behind `make figures`: one job a notebook listed in profiles/<profile>.yaml.
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +13,11 @@ NOTEBOOKS = Path("notebooks")
 # Snakemake deletes the outputs of a job before it runs and when it fails, and the last good figures must survive both:
 # so a job's output is a stamp.
 STAMPS = Path(".cache/stamps") / PROFILE.stem
+
+# Snakemake sets these to the job's threads, 1 under --cores 1; a notebook shall have all cores, or what the user set.
+LIMITS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")]
+LIMITS = [(limit, os.environ.get(limit)) for limit in (*LIMITS, "VECLIB_MAXIMUM_THREADS")]
+ENV = " ".join(f"-u {k}" for k, v in LIMITS if v is None) + "".join(f" {shlex.quote(f'{k}={v}')}" for k, v in LIMITS if v)
 
 runner.check(PROFILE, NOTEBOOKS)
 PLANS = {name: runner.planned(NOTEBOOKS / f"{name}.ipynb", PROFILE) for name in runner.read_profile(PROFILE)}
@@ -39,7 +46,8 @@ rule notebook:
         python=sys.executable,
         profile=str(PROFILE),
         timeout=config.get("cell_timeout", 3600),
-    threads: workflow.cores  # a notebook uses every core itself
+        env=ENV,
+    threads: workflow.cores  # one notebook at a time
     shell:
-        "{params.python:q} -m srmcmc_lib.runner {input.notebook:q} --profile {params.profile:q}"
+        "env {params.env} {params.python:q} -m srmcmc_lib.runner {input.notebook:q} --profile {params.profile:q}"
         " --cell-timeout {params.timeout}"

@@ -234,9 +234,11 @@ def _execute(notebook: Path, output: Path, changed: dict, figures: Path, cell_ti
 
 
 def _where(output: Path, error: Exception) -> str:
-    """' in cell In [3] (its first line): the error', as far as it is known."""
+    """' in cell In [3] (the line): the error', as far as it is known."""
+    line = None
     if hasattr(error, "ename"):  # raised by the cell itself
         said = f"{error.ename}: {error.evalue}"
+        line = re.search(r"^-+> *\d+ (.*)$", str(error), re.MULTILINE)  # IPython's arrow; the first is the cell's
     else:
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     cells = nbformat.read(output, 4).cells if output.exists() else []
@@ -244,8 +246,8 @@ def _where(output: Path, error: Exception) -> str:
     if not begun:
         return f": {said}"
     count = getattr(error, "exec_count", None) or begun[-1].get("execution_count") or " "
-    line = next((line for line in begun[-1].source.splitlines() if line.strip()), "")
-    return f" in cell In [{count}] ({line}): {said}"
+    line = line[1] if line else next(iter(begun[-1].source.strip().splitlines()), "")
+    return f" in cell In [{count}] ({line.strip()}): {said}"
 
 
 def _clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -144,7 +144,7 @@ def test_success_replaces_the_folder_and_failure_keeps_it(project, capsys):
     }
     assert {"notebook", "profile", "seed", "seconds", "device", "python", "versions", "git"} <= set(manifest)
 
-    toy(project, DRAW, "x = 1", "\nx / 0  # here\nx = 2")
+    toy(project, DRAW, "x = 1", "y = 1\nif y:\n    x / 0  # here\nx = 2")
     assert runner.main([str(notebook)]) == 1
     said = capsys.readouterr().err
     for words in ("00_toy.ipynb failed in cell In [4] (x / 0  # here): ZeroDivisionError", "last good figures stay"):
