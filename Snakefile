@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)  # the library of this checkout, installed or not
-from srmcmc_lib import runner
+from srmcmc_lib import profiles, runner
 
 PROFILE = Path("profiles") / f"{config.get('profile', runner.DEFAULT_PROFILE)}.yaml"
 NOTEBOOKS = Path("notebooks")
@@ -19,8 +19,8 @@ LIMITS = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "GO
 LIMITS = [(limit, os.environ.get(limit)) for limit in (*LIMITS, "VECLIB_MAXIMUM_THREADS")]
 ENV = " ".join(f"-u {k}" for k, v in LIMITS if v is None) + "".join(f" {shlex.quote(f'{k}={v}')}" for k, v in LIMITS if v)
 
-runner.check(PROFILE, NOTEBOOKS)
-PLANS = {name: runner.planned(NOTEBOOKS / f"{name}.ipynb", PROFILE) for name in runner.read_profile(PROFILE)}
+profiles.check(PROFILE, NOTEBOOKS)
+PLANS = {name: profiles.planned(NOTEBOOKS / f"{name}.ipynb", PROFILE) for name in profiles.read_profile(PROFILE)}
 for name, plan in PLANS.items():  # a stamp without the figures it stands for is worth nothing
     manifest = runner.target(Path(name), PROFILE) / "manifest.json"
     made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
@@ -37,7 +37,7 @@ rule notebook:
     input:
         # ancient: a notebook whose outputs changed is the same notebook; its cells count, through params.plan
         notebook=ancient(str(NOTEBOOKS / "{name}.ipynb")),
-        library=sorted(str(p) for p in Path("srmcmc_lib").glob("*.py") if p.name != "runner.py"),
+        library=sorted(str(p) for p in Path("srmcmc_lib").glob("*.py") if p.name not in ("runner.py", "profiles.py")),
         models=sorted(str(p) for p in Path("srmcmc_lib/pretrained").glob("*.*")),
     output:
         touch(str(STAMPS / "{name}.done")),

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from srmcmc_lib import paths, runner
+from srmcmc_lib import paths, profiles, runner
 
 ROOT = paths.PACKAGE.parent
 PARAMETERS = "steps = 3\nrate = 0.1  # a rate, e.g. rate = 0.2\nname = 'a'\nlive = False\nsizes = (1, 2)\nseed = None"
@@ -91,15 +91,15 @@ def test_a_set_that_does_not_fit_stops_too(project, given, capsys):
 
 def test_values_that_fit(project):
     file = profile(project, "00_toy: {steps: 5, rate: 1e-4, sizes: [3], seed: 1}\n")
-    found = runner.parameters(project / "notebooks/00_toy.ipynb", file, {"rate": 2})
+    found = profiles.parameters(project / "notebooks/00_toy.ipynb", file, {"rate": 2})
     assert found == {"steps": 5, "rate": 2, "name": "a", "live": False, "sizes": [3], "seed": 1}
-    assert runner.parameters(project / "notebooks/00_toy.ipynb", file)["rate"] == 1e-4  # YAML 1.1 reads a string
+    assert profiles.parameters(project / "notebooks/00_toy.ipynb", file)["rate"] == 1e-4  # YAML 1.1 reads a string
 
 
 def test_check_names_every_problem_of_a_profile(project):
     file = profile(project, "00_toi: {}\n00_toy: {stepz: 1}\n")
-    with pytest.raises(runner.ProfileError) as error:
-        runner.check(file, project / "notebooks")
+    with pytest.raises(profiles.ProfileError) as error:
+        profiles.check(file, project / "notebooks")
     for word in ("no notebook", "00_toi.ipynb", "did you mean '00_toy'", "stepz", "did you mean 'steps'", "cpu.yaml"):
         assert word in str(error.value)
 
@@ -117,8 +117,8 @@ def test_missing_files(project, capsys):
 def test_a_parameters_cell_with_an_expression_is_refused(project):
     notebook = toy(project)
     notebook.write_text(notebook.read_text().replace("steps = 3", "steps = 3 * 7"))
-    with pytest.raises(runner.ProfileError, match=r"`name = literal` only, not `steps = 3 \* 7`"):
-        runner.defaults(notebook)
+    with pytest.raises(profiles.ProfileError, match=r"`name = literal` only, not `steps = 3 \* 7`"):
+        profiles.defaults(notebook)
 
 
 def test_success_replaces_the_folder_and_failure_keeps_it(project, capsys):
@@ -172,7 +172,7 @@ def test_the_graph_redoes_what_changed(project):
         shutil.copy(project / "notebooks/00_toy.ipynb", notebook := project / f"notebooks/{name}.ipynb")
         stamp, manifest = project / f".cache/stamps/cpu/{name}.done", project / f"figures/{name}/manifest.json"
         if name != "01_new":
-            for path, text in ((stamp, ""), (manifest, json.dumps(runner.planned(notebook, file)))):
+            for path, text in ((stamp, ""), (manifest, json.dumps(profiles.planned(notebook, file)))):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
     (project / "figures/03_lost/manifest.json").unlink()
@@ -188,6 +188,6 @@ def test_the_graph_redoes_what_changed(project):
 
 def test_every_profile_fits_and_the_default_runs_every_notebook():
     for file in sorted((ROOT / "profiles").glob("*.yaml")):
-        runner.check(file, ROOT / "notebooks")
-    listed = runner.read_profile(ROOT / f"profiles/{runner.DEFAULT_PROFILE}.yaml")
+        profiles.check(file, ROOT / "notebooks")
+    listed = profiles.read_profile(ROOT / f"profiles/{runner.DEFAULT_PROFILE}.yaml")
     assert sorted(listed) == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))

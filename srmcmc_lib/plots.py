@@ -1,0 +1,138 @@
+"""One function a figure: arrays in, matplotlib Figure out. The only module that imports matplotlib."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from . import paths
+from .data import to_uint8
+
+
+def _subplots(*args, **kwargs):
+    """plt.subplots, but forgotten by pyplot: else a notebook shows a figure once as a value and once more by itself."""
+    figure, axes = plt.subplots(*args, **kwargs)
+    plt.close(figure)
+    return figure, axes
+
+
+def _show(ax, images: Tensor, columns: int, padding: int = 1) -> None:
+    """Draws images [n, C, H, W] in [-1, 1] (floats, clipped as to_uint8 does) as a grid on ax."""
+    grid = make_grid(to_uint8(images.detach().cpu()), columns, padding=padding, pad_value=255)
+    ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set_axis_off()
+
+
+def image_grid(images: Tensor, columns: int = 8, title: str = "") -> Figure:
+    """A grid of images, float [n, C, H, W] in [-1, 1] (figures 2 and 6 at n = 64)."""
+    rows = -(-len(images) // columns)
+    figure, ax = _subplots(figsize=(0.62 * columns, 0.62 * rows + (0.3 if title else 0)), layout="constrained")
+    _show(ax, images, columns)
+    ax.set_title(title, fontsize=10)
+    return figure
+
+
+def side_by_side(grids: dict[str, Tensor], columns: int = 8) -> Figure:
+    """Several grids next to each other, by title; each float [n, C, H, W] in [-1, 1]."""
+    rows = max(-(-len(images) // columns) for images in grids.values())
+    size = (0.5 * columns * len(grids), 0.5 * rows + 0.35)
+    figure, axes = _subplots(1, len(grids), figsize=size, layout="constrained", squeeze=False)
+    for ax, (title, images) in zip(axes[0], grids.items(), strict=True):
+        _show(ax, images, columns)
+        ax.set_title(title, fontsize=10)
+    return figure
+
+
+def strips(rows: Sequence[Tensor], labels: Sequence[str], title: str = "", split: int | None = None) -> Figure:
+    """Rows of images under shared column labels: figure 1 (transition), 3 (interpolation), 4 (reconstruction).
+
+    Args:
+        rows: each float [columns, C, H, W] in [-1, 1].
+        labels: one a column.
+        title: above the figure.
+        split: draw a gap before this column, e.g. before the observed images.
+    """
+    n = len(labels)
+    widths = np.insert(np.ones(n), split, 0.25) if split is not None else np.ones(n)
+    figure, axes = _subplots(
+        len(rows), len(widths), figsize=(0.75 * widths.sum(), 0.75 * len(rows) + 0.42), squeeze=False,
+        gridspec_kw={"width_ratios": widths, "wspace": 0.04, "hspace": 0.04},
+    )  # fmt: skip
+    top = 1 - (0.42 if title else 0.2) / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=top)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    columns = [i for i in range(len(widths)) if i != split]
+    for row, images in zip(axes, rows, strict=True):
+        for column, image in zip(columns, images, strict=True):
+            _show(row[column], image[None], 1, padding=0)
+    for column, label in zip(columns, labels, strict=True):
+        axes[0, column].set_title(label, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def training_curves(records: Sequence, steps: int, smooth: int = 25) -> Figure:
+    """d and ‖∂f/∂x‖ against the update, each with its running mean.
+
+    Args:
+        records: of `train`, or anything with step, d and grad_norm.
+        steps: K, for the right axis K·‖∂f/∂x‖, which hardly depends on K (Table 2).
+        smooth: updates in the running mean.
+    """
+    step = np.array([r.step for r in records])
+    figure, (left, right) = _subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    window = min(smooth, len(step))
+    for ax, values in ((left, [r.d for r in records]), (right, [r.grad_norm for r in records])):
+        ax.plot(step, values, color="0.75", lw=0.8)
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        ax.plot(step[window - 1 :], mean, color="C0", lw=1.6, label=f"mean of {window}")
+        ax.set_xlabel("update")
+    left.axhline(0, color="k", lw=0.6)
+    left.set_ylabel(r"d = mean f($x^+$) − mean f($x^-$)")
+    left.legend(frameon=False, fontsize=8)
+    right.set_ylabel(r"$\|\partial f/\partial x\|_2$")
+    right.set_ylim(bottom=0)
+    twin = right.secondary_yaxis("right", functions=(lambda g: g * steps, lambda g: g / steps))
+    twin.set_ylabel(rf"$K \cdot \|\partial f/\partial x\|_2$, K = {steps}")
+    return figure
+
+
+def nearest(samples: Tensor, neighbours: Tensor, distances: Tensor) -> Figure:
+    """Samples [n, C, H, W] in the first column, their nearest training images [n, k, C, H, W] to the right.
+
+    `distances` [n, k] is printed under each neighbour: the root mean squared difference per pixel, range 0 … 2.
+    """
+    n, k = distances.shape
+    figure, axes = _subplots(k + 1, n, figsize=(0.8 * n, 0.98 * (k + 1)), layout="constrained", squeeze=False)
+    for j in range(n):
+        for i, image in enumerate([samples[j], *neighbours[j]]):
+            _show(axes[i, j], image[None], 1, padding=0)
+            if i:
+                axes[i, j].set_title(f"{distances[j, i - 1]:.2f}", fontsize=7, pad=2)
+    axes[0, 0].set_title("samples", fontsize=8, loc="left")
+    return figure
+
+
+def distance_histogram(sample_to_train: Tensor, test_to_train: Tensor) -> Figure:
+    """Distances to the nearest training image: samples against held-out images (is it memorising?)."""
+    figure, ax = _subplots(figsize=(5, 2.6), layout="constrained")
+    bins = np.linspace(0, float(max(sample_to_train.max(), test_to_train.max())), 40)
+    ax.hist(test_to_train.numpy(), bins, alpha=0.6, density=True, label="held-out images")
+    ax.hist(sample_to_train.numpy(), bins, alpha=0.6, density=True, label="samples")
+    ax.set_xlabel("root mean squared difference to the nearest training image")
+    ax.set_ylabel("density")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def save(figure: Figure, notebook: str, name: str) -> Figure:
+    """Writes figures/<notebook>/<name>.png and .pdf (no dates, so bytes repeat); returns the figure, to be shown."""
+    folder = paths.figures() / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.savefig(folder / f"{name}.png", dpi=160)
+    return figure

@@ -1,0 +1,95 @@
+"""Trains a shipped model from nothing by its recipe: `python -m srmcmc_lib.recipes fashion_mnist_mini`.
+
+A recipe, pretrained/NAME.yaml, names the data, the network, the seed of θ_0, and stages of learning. Stages after the
+first start from the model that `grow` makes of the one before: short chains are cheap, and the last stage has the K
+that is shipped. A stopped run goes on where its last checkpoint was.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from . import paths
+from .data import observed
+from .energy import EnergyNet
+from .langevin import Langevin
+from .shortrun import ShortRun, find
+from .training import Record, TrainConfig, grow, read_log, train
+
+KEYS = {"dataset", "limit", "network", "seed", "stages"}
+
+
+def read_recipe(name: str) -> dict:
+    """The recipe pretrained/NAME.yaml; ValueError names an unknown or a missing key, FileNotFoundError the recipes."""
+    path = paths.PRETRAINED / f"{name}.yaml"
+    if not path.exists():
+        there = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
+        raise FileNotFoundError(f"no recipe {name!r}; there are {there}")
+    recipe = yaml.safe_load(path.read_text())
+    if recipe.keys() != KEYS:
+        raise ValueError(f"{path}: the keys must be {sorted(KEYS)}, got {sorted(recipe)}")
+    known = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps"}
+    for stage in recipe["stages"]:
+        if unknown := stage.keys() - known:
+            raise ValueError(f"{path}: unknown setting {sorted(unknown)}; known are {sorted(known)}")
+    return recipe
+
+
+def run(name: str, work: Path, out: Path) -> Path:
+    """Trains the stages of a recipe in `work` (checkpoints and logs), then writes NAME.safetensors, its log (.csv) and
+    its card (.json) to `out`; returns the weights' path."""
+    recipe = read_recipe(name)
+    images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
+    torch.manual_seed(recipe["seed"])
+    model, logs = None, []
+    for i, settings in enumerate(recipe["stages"], start=1):
+        steps = settings.pop("steps")
+        if model is None:
+            model = ShortRun(EnergyNet(**recipe["network"]), Langevin(steps), dataset=recipe["dataset"])
+        else:
+            model = grow(model, steps)
+        model.training = {}
+        files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
+        config = TrainConfig(**settings, seed=recipe["seed"], **files)
+        for _ in train(model, images, config):
+            pass
+        if (done := ShortRun.load(config.checkpoint)).training["last"]["step"] == config.updates:
+            model = done  # averaged θ, also where this stage had been finished by an earlier run
+        logs.append(Path(config.log))
+    seconds = sum(read_log(log)[-1].seconds for log in logs)
+    card = {
+        "recipe": read_recipe(name),
+        "images": len(images),
+        "hours": round(seconds / 3600, 3),
+        "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+    }
+    model.training = card
+    path = model.save(out / f"{name}.safetensors")
+    (out / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    for log in logs:
+        shutil.copyfile(log, out / f"{name}-{log.name}")
+    return path
+
+
+def learning_curves(source: str | Path) -> list[tuple[int, list[Record]]]:
+    """(K, records) of each stage of a model trained by `run`; an empty list for a model that has no logs beside it."""
+    path = find(source)
+    stages = ShortRun.load(path).training.get("recipe", {}).get("stages", [])
+    logs = [path.with_name(f"{path.stem}-stage{i}.csv") for i in range(1, len(stages) + 1)]
+    return [(stage["steps"], read_log(log)) for stage, log in zip(stages, logs, strict=True) if log.exists()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="a recipe of srmcmc_lib/pretrained")
+    parser.add_argument("--work", type=Path, help="checkpoints of a run under way (default: checkpoints/NAME)")
+    parser.add_argument("--out", type=Path, default=paths.PRETRAINED, help="where the finished files go")
+    args = parser.parse_args()
+    print(run(args.name, args.work or paths.checkpoints() / args.name, args.out))
