@@ -3,9 +3,11 @@
 from .data import observed
 from .energy import EnergyNet
 from .langevin import Langevin
-from .shortrun import Gaussian, ShortRun, Uniform
-from .training import Record, TrainConfig, grow, train
+from .priors import Gaussian, Uniform
+from .records import Record
+from .shortrun import ShortRun
+from .training import TrainConfig, train
 
 __all__ = [
-    "EnergyNet", "Gaussian", "Langevin", "Record", "ShortRun", "TrainConfig", "Uniform", "grow", "observed", "train",
+    "EnergyNet", "Gaussian", "Langevin", "Record", "ShortRun", "TrainConfig", "Uniform", "observed", "train",
 ]  # fmt: skip

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from . import paths
+from .checkpoint import find
 from .data import observed
 from .energy import EnergyNet
 from .langevin import Langevin
-from .shortrun import ShortRun, find
-from .training import Record, TrainConfig, grow, read_log, train
+from .records import Record, read_log
+from .shortrun import ShortRun
+from .training import TrainConfig, train
 
 KEYS = {"dataset", "limit", "network", "seed", "stages"}
 
@@ -76,6 +79,20 @@ def run(name: str, work: Path, out: Path) -> Path:
     for log in logs:
         shutil.copyfile(log, out / f"{name}-{log.name}")
     return path
+
+
+def grow(model: ShortRun, steps: int) -> ShortRun:
+    """The model with another K and almost the same images: f is scaled by K_old / K_new, so K·s·f' is kept.
+
+    K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
+    with the paper's K = 100. Our own device, not the paper's. Scales the last layer of model.f in place.
+    """
+    grown = model.with_steps(steps)
+    last = [m for m in model.f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+    with torch.no_grad():
+        for p in last.parameters():
+            p.mul_(model.kernel.steps / steps)
+    return grown
 
 
 def learning_curves(source: str | Path) -> list[tuple[int, list[Record]]]:

@@ -1,55 +1,18 @@
 """ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from . import paths
+from . import checkpoint
 from .energy import EnergyNet
 from .langevin import Langevin, langevin_chain
+from .priors import FOR_U, FOR_Z, PRIORS, Gaussian, Uniform, as_seed, streams
 
-FORMAT = 1  # of the checkpoint's metadata
-Z, U = 0, 1  # the two purposes for which an image needs randomness: its initial state, its chain's noise
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """p_0 = U(low, high) for each pixel, the paper's prior at (-1, 1)."""
-
-    low: float = -1.0
-    high: float = 1.0
-
-    def __post_init__(self):
-        if not self.low < self.high:
-            raise ValueError(f"Uniform needs low < high, got {self.low!r} and {self.high!r}")
-
-    def draw(self, shape: tuple, generator: Generator) -> Tensor:
-        z = torch.rand(shape, generator=generator, device=generator.device)
-        return z * (self.high - self.low) + self.low
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """p_0 = N(0, std²) for each pixel."""
-
-    std: float = 1.0
-
-    def __post_init__(self):
-        if not self.std > 0:
-            raise ValueError(f"Gaussian needs std > 0, got {self.std!r}")
-
-    def draw(self, shape: tuple, generator: Generator) -> Tensor:
-        return self.std * torch.randn(shape, generator=generator, device=generator.device)
-
-
-PRIORS = {"Uniform": Uniform, "Gaussian": Gaussian}
+Noise = int | Generator | Tensor | Iterable[Tensor] | None
 
 
 @dataclass
@@ -100,9 +63,9 @@ class ShortRun:
 
     def draw_z(self, n: int, seed: int | Generator, start: int = 0) -> Tensor:
         """z ~ p_0, [n, C, H, W]: the initial states of images start … start + n − 1 of this seed."""
-        return torch.stack([self.prior.draw(self.shape, g) for g in _streams(seed, Z, start, n)]).to(self.device)
+        return torch.stack([self.prior.draw(self.shape, g) for g in streams(seed, FOR_Z, start, n)]).to(self.device)
 
-    def trajectory(self, z: Tensor, u: "Noise" = None) -> Iterator[Tensor]:
+    def trajectory(self, z: Tensor, u: Noise = None) -> Iterator[Tensor]:
         """Yields the K + 1 states of the chain from z [B, C, H, W], each [B, C, H, W]; `*path, x = …` gives both.
 
         Args:
@@ -116,7 +79,7 @@ class ShortRun:
         for state in langevin_chain(self.f, self._checked(z), self.kernel, self._noise(u, len(z))):
             yield state.x
 
-    def __call__(self, z: Tensor, u: "Noise" = None) -> Tensor:
+    def __call__(self, z: Tensor, u: Noise = None) -> Tensor:
         """x = M_θ(z, u), eq. (7): the last state of `trajectory(z, u)`, [B, C, H, W]."""
         for x in self.trajectory(z, u):
             pass
@@ -137,7 +100,7 @@ class ShortRun:
         """
         if n < 1 or batch_size < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {n!r} and {batch_size!r}")
-        seed = _seed(seed)
+        seed = as_seed(seed)
         parts = []
         for start in range(0, n, batch_size):
             m = min(batch_size, n - start)
@@ -155,12 +118,12 @@ class ShortRun:
             raise ValueError("z contains NaN or infinity")
         return z.to(self.device)
 
-    def _noise(self, u: "Noise", n: int, start: int = 0) -> Iterator[Tensor] | None:
+    def _noise(self, u: Noise, n: int, start: int = 0) -> Iterator[Tensor] | None:
         if u is None or not self.kernel.noise:
             return None
         if isinstance(u, int | Generator):
-            streams = _streams(u, U, start, n)
-            return (torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
+            each = streams(u, FOR_U, start, n)
+            return (torch.stack([torch.randn(self.shape, generator=g) for g in each]).to(self.device)
                     for _ in range(self.kernel.steps))  # fmt: skip
         shapes = [(self.kernel.steps, b, *self.shape) for b in (1, n)]
         if isinstance(u, Tensor) and tuple(u.shape) not in shapes:
@@ -174,22 +137,13 @@ class ShortRun:
         The file is written aside and renamed, so an interrupted save leaves the old one. `extra` tensors (a trainer's
         state) travel along and are ignored by `load`.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"f.{k}": v.contiguous() for k, v in self.f.state_dict().items()} | extra
-        meta = {
-            "format": FORMAT,
-            "library": _library_version(),
-            **self.config,
+        meta = self.config | {
             "value_range": list(self.value_range),
             "image_size": self.f.image_size,
             "dataset": self.dataset,
             "training": self.training,
         }
-        aside = path.with_name(path.name + ".part")
-        save_file({k: v.detach().cpu() for k, v in tensors.items()}, aside, {"srmcmc": json.dumps(meta)})
-        aside.replace(path)
-        return path
+        return checkpoint.write(path, meta, {f"f.{k}": v for k, v in self.f.state_dict().items()} | extra)
 
     @classmethod
     def load(cls, source: str | Path, f: nn.Module | None = None, device: torch.device | str = "cpu") -> "ShortRun":
@@ -204,8 +158,8 @@ class ShortRun:
             FileNotFoundError: no such file or name.
             ValueError: a damaged file, one that is no ShortRun checkpoint, or weights that do not fit the network.
         """
-        path = find(source)
-        meta, tensors = read(path)
+        path = checkpoint.find(source)
+        meta, tensors = checkpoint.read(path)
         config = dict(meta["network"])
         kind = config.pop("class")
         if f is None:
@@ -220,56 +174,3 @@ class ShortRun:
         prior = PRIORS[prior.pop("class")](**prior)
         kernel = Langevin(**meta["kernel"])
         return cls(f, kernel, prior, tuple(meta["value_range"]), meta["dataset"], meta["training"]).to(device)
-
-
-Noise = int | Generator | Tensor | Iterable[Tensor] | None
-
-
-def find(source: str | Path) -> Path:
-    """The checkpoint's file: `source` itself, or a shipped model of that name."""
-    for path in (Path(source), paths.PRETRAINED / f"{source}.safetensors"):
-        if path.is_file():
-            return path
-    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
-    raise FileNotFoundError(f"no checkpoint {str(source)!r}: give a .safetensors file or one of {shipped}")
-
-
-def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The metadata and all tensors of a checkpoint; ValueError where the file is damaged or something else."""
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})["srmcmc"])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        if not isinstance(meta, dict):
-            raise ValueError("its metadata are no record")
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a ShortRun checkpoint ({type(error).__name__}: {error})") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {meta.get('format')}; this library reads {FORMAT}: update it")
-    if missing := {"network", "kernel", "prior", "value_range", "dataset", "training"} - meta.keys():
-        raise ValueError(f"{path} is damaged: its metadata lack {', '.join(sorted(missing))}")
-    return meta, tensors
-
-
-def _library_version() -> str:
-    try:
-        return version("srmcmc")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
-
-
-def _seed(seed: int | Generator) -> int:
-    if isinstance(seed, Generator):
-        return int(torch.randint(2**32, (), generator=seed, device=seed.device))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:  # all that torch keeps
-        raise ValueError(f"a seed is an integer in 0 … 2³² − 1 or a torch.Generator, got {seed!r}")
-    return seed
-
-
-def _streams(seed: int | Generator, purpose: int, start: int, n: int) -> list[Generator]:
-    """One CPU generator an image, whatever the device; images start … start + n − 1, purpose Z or U.
-
-    torch seeds its generators with 32 bits, so consecutive ones from a random base never collide within one call.
-    """
-    base = torch.randint(2**32, (2,), generator=Generator().manual_seed(_seed(seed)))[purpose].item()
-    return [Generator().manual_seed((base + i) % 2**32) for i in range(start, start + n)]

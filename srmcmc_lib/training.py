@@ -1,6 +1,5 @@
 """Algorithm 1: learning the short-run chain, as an iterator over explicit records."""
 
-import csv
 import json
 import math
 import time
@@ -9,12 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from .checkpoint import read
 from .data import check_images, to_float
 from .langevin import langevin_chain
-from .shortrun import ShortRun, read
+from .records import Record, open_log
+from .shortrun import ShortRun
 
 PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
 NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress"}  # may change between stop and resume
@@ -25,11 +26,12 @@ class TrainConfig:
     """Settings of Algorithm 1. The defaults for rate, σ, m and Adam are those of the authors' public code.
 
     Attributes:
-        updates: T, the number of updates in all, those before a resume included.
+        updates: T, the number of updates in all, those before a resume included. A lowered schedule is stretched to
+            it, so prolonging a finished run continues it exactly only where rate and sigma are constant.
         batch_size: m, observed and synthesised images per update.
         rate: η, Adam's learning rate.
-        sigma: σ, the standard deviation of the noise added to observed images (range [-1, 1]). Keep σ ≥ 2 ε √K·s
-            small but above the chain's own noise: below it learning collapses.
+        sigma: σ, the standard deviation of the noise added to observed images (range [-1, 1]). The smaller the
+            better until learning turns unstable; keep it above the chain's own noise, σ ≥ 2 ε.
         rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
         lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice: the
             paper only says "gradually"). 0 lowers over the whole run.
@@ -85,26 +87,6 @@ class TrainConfig:
         return final + (start - final) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one update of Algorithm 1 saw; yielded after the update.
-
-    Attributes:
-        step: updates done so far, from 1.
-        d: mean f(x⁺) − mean f(x⁻) before the update; hovers around 0 when learning is healthy.
-        grad_norm: ‖∂f/∂x‖₂ of one image, averaged over the batch and the K steps. K · grad_norm stays near 40 to 50.
-        rate, sigma: η and σ of this update.
-        seconds: spent in training so far, earlier runs included.
-    """
-
-    step: int
-    d: float
-    grad_norm: float
-    rate: float
-    sigma: float
-    seconds: float
-
-
 def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = True) -> Iterator[Record]:
     """Implements Algorithm 1: learns model.f in place and yields a Record after each update.
 
@@ -130,7 +112,7 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
 
 
 def _updates(model: ShortRun, images: Tensor, config: TrainConfig, state: "_State") -> Iterator[Record]:
-    write = _log(config.log, state.step) if config.log else None
+    write = open_log(config.log, state.step) if config.log else None
     bar = tqdm(total=config.updates, initial=state.step, disable=not config.progress, desc="Algorithm 1")
     started = time.perf_counter() - state.seconds
     with bar:
@@ -180,20 +162,6 @@ def update(model: ShortRun, images: Tensor, m: int, sigma: float, rate: float, a
     return d.item(), torch.stack(norms).mean().item()
 
 
-def grow(model: ShortRun, steps: int) -> ShortRun:
-    """The model with another K and almost the same images: f is scaled by K_old / K_new, so K·s·f' is kept.
-
-    K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
-    with the paper's K = 100. Our own device, not the paper's. Scales the last layer of model.f in place.
-    """
-    grown = model.with_steps(steps)
-    last = [m for m in model.f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
-    with torch.no_grad():
-        for p in last.parameters():
-            p.mul_(model.kernel.steps / steps)
-    return grown
-
-
 class _State:
     """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters."""
 
@@ -215,9 +183,9 @@ class _State:
     def save(self, path: Path, record: Record) -> None:
         extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
         for i, moments in self.adam.state_dict()["state"].items():
-            extra |= {f"adam.{i}.{k}": v.contiguous() for k, v in moments.items()}
+            extra |= {f"adam.{i}.{k}": v for k, v in moments.items()}
         theta = {k: p.detach().clone() for k, p in self._theta()}
-        extra |= {f"theta.{k}": p.contiguous() for k, p in theta.items()} if self.average else {}
+        extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
         self._describe(record)
         try:
             self._fill(self.average)  # what a reader of the checkpoint samples with
@@ -269,35 +237,3 @@ class _State:
         self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
         if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
             self._fill(self.average)
-
-
-def read_log(path: str | Path) -> list[Record]:
-    """The records of a CSV log, in order."""
-    with Path(path).open(newline="") as file:
-        return [Record(int(row.pop("step")), **{k: float(v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def _log(target: str, step: int):
-    """A function that appends a Record to a CSV file (rows beyond `step` are dropped) or to a TensorBoard folder."""
-    if not target.endswith(".csv"):
-        from torch.utils.tensorboard import SummaryWriter  # optional: pip install tensorboard
-
-        writer = SummaryWriter(target, purge_step=step + 1)
-        return lambda r: [writer.add_scalar(k, v, r.step) for k, v in asdict(r).items() if k != "step"]
-
-    path, names = Path(target), [f.name for f in fields(Record)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if step and path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-    def write(record: Record) -> None:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, names).writerow(asdict(record))
-
-    return write

@@ -254,7 +254,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(full, tmp_path, monkeypat
         aside.write_bytes(before[: len(before) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("srmcmc_lib.shortrun.save_file", half)
+    monkeypatch.setattr("srmcmc_lib.checkpoint.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         full.save(path)
     assert path.read_bytes() == before

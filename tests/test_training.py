@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Generator
 
-from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, grow, train
+from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, train
 from srmcmc_lib.data import to_float
-from srmcmc_lib.training import read_log
+from srmcmc_lib.recipes import grow
+from srmcmc_lib.records import read_log
 
 IMAGES = torch.randint(0, 256, (20, 1, 8, 8), generator=Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -190,7 +191,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    from srmcmc_lib.shortrun import read
+    from srmcmc_lib.checkpoint import read
 
     (_, ta), (_, tb) = read(a), read(b)
     assert ta.keys() == tb.keys() and any(k.startswith("adam.") for k in ta)

@@ -1,0 +1,59 @@
+"""Checkpoint files: one safetensors file with weights and, as JSON metadata, all that is needed to sample again."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import paths
+
+FORMAT = 1  # of the metadata
+NEEDED = {"network", "kernel", "prior", "value_range", "dataset", "training"}
+
+
+def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
+    """Writes aside and renames, so that an interrupted save leaves the old file; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = {"format": FORMAT, "library": _library_version(), **meta}
+    aside = path.with_name(path.name + ".part")
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    save_file(tensors, aside, {"srmcmc": json.dumps(meta)})
+    aside.replace(path)
+    return path
+
+
+def find(source: str | Path) -> Path:
+    """The checkpoint's file: `source` itself, or a shipped model of that name."""
+    for path in (Path(source), paths.PRETRAINED / f"{source}.safetensors"):
+        if path.is_file():
+            return path
+    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
+    raise FileNotFoundError(f"no checkpoint {str(source)!r}: give a .safetensors file or one of {shipped}")
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and all tensors of a checkpoint; ValueError where the file is damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["srmcmc"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        if not isinstance(meta, dict):
+            raise ValueError("its metadata are no record")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a ShortRun checkpoint ({type(error).__name__}: {error})") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {meta.get('format')}; this library reads {FORMAT}: update it")
+    if missing := NEEDED - meta.keys():
+        raise ValueError(f"{path} is damaged: its metadata lack {', '.join(sorted(missing))}")
+    return meta, tensors
+
+
+def _library_version() -> str:
+    try:
+        return version("srmcmc")
+    except PackageNotFoundError:
+        return "unknown (not installed)"

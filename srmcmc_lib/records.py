@@ -1,0 +1,58 @@
+"""What an update of Algorithm 1 saw, and logs of it: CSV files or TensorBoard folders."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one update of Algorithm 1 saw; yielded after the update.
+
+    Attributes:
+        step: updates done so far, from 1.
+        d: mean f(x⁺) − mean f(x⁻) before the update; hovers around 0 when learning is healthy.
+        grad_norm: ‖∂f/∂x‖₂ of one image, averaged over the batch and the K steps. K · grad_norm stays near 40 to 50.
+        rate, sigma: η and σ of this update.
+        seconds: spent in training so far, earlier runs included.
+    """
+
+    step: int
+    d: float
+    grad_norm: float
+    rate: float
+    sigma: float
+    seconds: float
+
+
+def read_log(path: str | Path) -> list[Record]:
+    """The records of a CSV log, in order."""
+    with Path(path).open(newline="") as file:
+        return [Record(int(row.pop("step")), **{k: float(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def open_log(target: str, step: int) -> Callable[[Record], None]:
+    """A function that appends a Record to a CSV file (rows beyond `step` are dropped) or to a TensorBoard folder."""
+    if not target.endswith(".csv"):
+        from torch.utils.tensorboard import SummaryWriter  # optional: pip install tensorboard
+
+        writer = SummaryWriter(target, purge_step=step + 1)
+        return lambda r: [writer.add_scalar(k, v, r.step) for k, v in asdict(r).items() if k != "step"]
+
+    path, names = Path(target), [f.name for f in fields(Record)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    if step and path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def write(record: Record) -> None:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, names).writerow(asdict(record))
+
+    return write

@@ -1,0 +1,79 @@
+"""Recipes: trained in stages, resumable, and the shipped model is what its recipe says."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from srmcmc_lib import ShortRun, paths, recipes
+
+SHIPPED = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
+TINY = {
+    "dataset": "fashion_mnist_mini",
+    "limit": 100,
+    "network": {"channels": 1, "image_size": 8, "width": 2},
+    "seed": 3,
+    "stages": [{"steps": 2, "updates": 3, "batch_size": 4, "average": 0.5, "progress": False},
+               {"steps": 4, "updates": 2, "batch_size": 4, "progress": False}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A recipe "tiny" in a pretrained folder of its own; returns a function that writes it."""
+    monkeypatch.setattr(paths, "PRETRAINED", tmp_path)
+
+    def write(**changes):
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | changes))
+
+    write()
+    return write
+
+
+def weights(path) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in ShortRun.load(path).f.parameters()])
+
+
+def test_a_recipe_run_again_gives_the_same_weights_also_after_its_first_stage_was_done_before(tiny, tmp_path):
+    first = recipes.run("tiny", tmp_path / "a", tmp_path / "out_a")
+    (tmp_path / "b").mkdir()
+    for kind in ("safetensors", "csv"):  # as after an interruption between the stages
+        (tmp_path / "b" / f"stage1.{kind}").write_bytes((tmp_path / "a" / f"stage1.{kind}").read_bytes())
+    second = recipes.run("tiny", tmp_path / "b", tmp_path / "out_b")
+    assert torch.equal(weights(first), weights(second))
+    assert ShortRun.load(first).kernel.steps == 4
+    card = json.loads((tmp_path / "out_a" / "tiny.json").read_text())
+    assert card["images"] == 100 and card["recipe"] == TINY
+    curves = recipes.learning_curves(first)
+    assert [(steps, len(records)) for steps, records in curves] == [(2, 3), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"stagse": []}, "stagse"), ({"stages": [{"steps": 2, "updates": 1, "rte": 1e-3}]}, "rte")],
+)
+def test_a_mistyped_recipe_is_refused_by_name(tiny, changes, named):
+    tiny(**changes)
+    with pytest.raises(ValueError, match=named):
+        recipes.read_recipe("tiny")
+
+
+def test_an_unknown_recipe_names_the_known_ones(tiny):
+    with pytest.raises(FileNotFoundError, match="tiny"):
+        recipes.read_recipe("tinny")
+
+
+def test_something_is_shipped():
+    assert "fashion_mnist_mini" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_what_its_recipe_says(name):
+    model, recipe = ShortRun.load(name), recipes.read_recipe(name)
+    assert model.training["recipe"] == recipe
+    assert model.f.config.items() >= recipe["network"].items()
+    assert (model.kernel.steps, model.dataset) == (recipe["stages"][-1]["steps"], recipe["dataset"])
+    assert json.loads((paths.PRETRAINED / f"{name}.json").read_text()) == model.training
+    curves = recipes.learning_curves(name)
+    assert [records[-1].step for _, records in curves] == [stage["updates"] for stage in recipe["stages"]]
