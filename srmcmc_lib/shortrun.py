@@ -1,6 +1,6 @@
 """ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from . import checkpoint
 from .energy import EnergyNet
+from .interpolation import mix
 from .langevin import Langevin, langevin_chain
 from .priors import FOR_U, FOR_Z, PRIORS, Gaussian, Uniform, as_seed, streams
 
@@ -106,6 +107,36 @@ class ShortRun:
             m = min(batch_size, n - start)
             parts.append(self(self.draw_z(m, seed, start), self._noise(seed, m, start)))
         return torch.cat(parts)
+
+    def interpolate(
+        self, z1: Tensor, z2: Tensor, rhos: Sequence[float] | Tensor, u: Noise = None,
+        mixing: str = "variance", fresh: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Rows M_θ(z_ρ, u) with z_ρ = ρ z_1 + √(1 − ρ²) z_2 (figures 3 and 7), [B, C, H, W] twice → [B, R, C, H, W].
+
+        With ρ falling from 1 to 0, a row leads from M_θ(z_1) at its left to M_θ(z_2) at its right. The paper does not
+        say what u is here; the noise-free chain is our default, because then only ρ changes along a row.
+
+        Args:
+            z1, z2: the initial states at the ends of B rows.
+            rhos: R ≥ 1 numbers in 0 … 1.
+            u: as in `trajectory`: None for the noise-free chain; a seed (row b takes noise stream b) or K tensors for
+                B images, shared along each row.
+            mixing: "variance" (the paper's rule), "linear" or "spherical": see `interpolation.mix`.
+            fresh: gives every image noise of its own instead: image r of row b takes stream b·R + r of the seed, or
+                image b·R + r of the tensor u, then [K, B·R, C, H, W].
+
+        Raises:
+            ValueError: shapes, ρ or u that do not fit, an unknown mixing, fresh noise without u.
+        """
+        z = mix(self._checked(z1), self._checked(z2), rhos, mixing)
+        if fresh and u is None:
+            raise ValueError("fresh noise needs u: a seed, a torch.Generator or a tensor [K, B·R, C, H, W]")
+        B, R = z.shape[:2]
+        U = self._noise(u, B * R if fresh else B)
+        if U is not None and not fresh:
+            U = (u_k.repeat_interleave(R, 0) if u_k.ndim == 4 and len(u_k) == B else u_k for u_k in U)
+        return self(z.flatten(0, 1), U).unflatten(0, (B, R))
 
     def with_steps(self, steps: int) -> "ShortRun":
         """The same network and prior with another K: for K at evaluation ≠ K at training."""
