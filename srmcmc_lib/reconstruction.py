@@ -1,0 +1,180 @@
+"""Reconstruction: the z that the chain turns into a given image, z* = argmin ‖x − M_θ(z, u)‖² (figures 4 and 8)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from .langevin import frozen, langevin_chain
+from .priors import as_seed
+
+SCHEDULES = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1.0}
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` found for B images.
+
+    Attributes:
+        z: the best initial state seen, [B, C, H, W].
+        x: the reconstruction M_θ(z, u), [B, C, H, W].
+        errors: mean squared error per pixel of M_θ(z_t, u), t = 0 … iterations, [iterations + 1, B]. It need not
+            fall at every step; x has the column's minimum.
+        restart: the index of the restart that each image's z and errors come from, [B].
+        states: M_θ(z_t, u) at the iterations asked for by `keep`, [len(keep), B, C, H, W] (figure 4).
+    """
+
+    z: Tensor
+    x: Tensor
+    errors: Tensor
+    restart: Tensor
+    states: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """Mean squared error per pixel of x, [B]."""
+        return self.errors.amin(0)
+
+
+def per_image(numbers: Tensor) -> Tensor:
+    """[B] → [B, 1, 1, 1], to multiply images."""
+    return numbers.view(-1, 1, 1, 1)
+
+
+def residual_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """M_θ(z, u), and L'(z) = 2(M_θ(z, u) − x): exact where ∂M/∂z = I, a fixed-point iteration's step elsewhere.
+
+    Each step of the chain has the Jacobian I + s·f''. A piecewise-linear f has f'' = 0 almost everywhere, so their
+    product is I: no graph is kept, and time and memory are those of the chain itself.
+    """
+    for state in langevin_chain(f, z, kernel, U):
+        pass
+    return state.x, 2 * (state.x - x)
+
+
+def chain_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """M_θ(z, u), and L'(z) = (∂M/∂z)ᵀ 2(M_θ(z, u) − x) by differentiating through the K steps.
+
+    Checkpointing by hand. Forward, only every √K-th state is stored; backward, each segment's states are computed
+    again and v ← v + s·f''(x_k) v is applied from its last step to its first. So about 2√K images are held, and the
+    graph of one step, for about three times the chain's time.
+    """
+    K, s = kernel.steps, kernel.step_size
+    length = math.isqrt(K - 1) + 1
+    starts = {}
+    for k, state in enumerate(langevin_chain(f, z, kernel, U)):
+        if k % length == 0 and k < K:
+            starts[k] = state.x
+    v = 2 * (state.x - x)
+    for k in reversed(list(starts)):
+        segment = replace(kernel, steps=min(length, K - k))
+        states = [each.x for each in langevin_chain(f, starts.pop(k), segment, U[k:] if U is not None else None)][:-1]
+        while states:
+            v = v + s * hessian_product(f, states.pop(), v)
+    return state.x, v
+
+
+def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
+    """f''(x) v for each image, [B, …] → [B, …]."""
+    with frozen(f), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        df_dx = torch.autograd.grad(f(x).sum(), x, create_graph=True)[0]
+        if not df_dx.requires_grad:  # f is linear
+            return torch.zeros_like(v)
+        return torch.autograd.grad(df_dx, x, v, materialize_grads=True)[0]
+
+
+GRADIENTS = {"auto": residual_gradient, "chain": chain_gradient}
+
+# An optimizer is built for one run and maps z, L'(z), the error per pixel [B] and η to the next z, image by image.
+Step = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def gradient_descent() -> Step:
+    """z ← z − η L'(z)."""
+    return lambda z, dL_dz, error, η: z - η * dL_dz
+
+
+def adam(β1: float = 0.9, β2: float = 0.999, tiny: float = 1e-8) -> Step:
+    """Adam (Kingma and Ba 2015, Algorithm 1), on each pixel by itself."""
+    m = v = t = 0
+
+    def step(z: Tensor, dL_dz: Tensor, error: Tensor, η: float) -> Tensor:
+        nonlocal m, v, t
+        t += 1
+        m, v = β1 * m + (1 - β1) * dL_dz, β2 * v + (1 - β2) * dL_dz**2
+        return z - η * (m / (1 - β1**t)) / ((v / (1 - β2**t)).sqrt() + tiny)
+
+    return step
+
+
+OPTIMIZERS = {"gd": (gradient_descent, 0.1), "adam": (adam, 0.05)}  # and each one's η
+
+
+def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, gradient, keep: Sequence[int]):
+    """One run from z: the best z and M_θ(z, u) of each image, the errors [iterations + 1, B], the states kept."""
+    best_z = best_M = z
+    best, errors, states = x.new_full(x.shape[:1], math.inf), [], {}
+    for t, η in enumerate(etas):
+        M, dL_dz = gradient(f, kernel, x, z, U)
+        error = (
+            (M - x).square().flatten(1).mean(1).nan_to_num(math.inf, math.inf)
+        )  # an image that left the finite numbers
+        better = per_image(error < best)
+        best_z, best_M, best = torch.where(better, z, best_z), torch.where(better, M, best_M), best.minimum(error)
+        errors.append(error)
+        if t in keep:
+            states[t] = M
+        z = step(z, dL_dz, error, η)
+    kept = torch.stack([states[t] for t in keep]) if keep else x.new_empty(0, *x.shape)
+    return best_z, best_M, torch.stack(errors), kept
+
+
+def reconstruct(
+    model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str = "cosine",
+    optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int = 0, u=None, keep: Sequence[int] = (),
+) -> Reconstruction:  # fmt: skip
+    """z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖², from z_0 ~ p_0; see `ShortRun.reconstruct`."""
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
+        raise ValueError(f"restarts must be an integer of at least 1, got {restarts!r}")
+    for name, value, known in [
+        ("schedule", schedule, SCHEDULES), ("optimizer", optimizer, OPTIMIZERS), ("gradient", gradient, GRADIENTS),
+    ]:  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    build, usual_eta = OPTIMIZERS[optimizer]
+    eta = usual_eta if eta is None else eta
+    if not 0 < eta < math.inf:
+        raise ValueError(f"eta must be positive and finite, got {eta!r}")
+    keep = list(keep)
+    if any(isinstance(t, bool) or not isinstance(t, int) or not 0 <= t <= iterations for t in keep):
+        raise ValueError(f"keep must list iterations in 0 … {iterations}, got {keep!r}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must hold floating-point images in {list(model.value_range)}, got {x.dtype}")
+    f, kernel = model.f, model.kernel
+    x = model._checked(x, "x").to(next(f.parameters(), x).dtype)
+    U = model._noise(u, len(x))
+    U = None if U is None else list(U)
+    etas = [eta * SCHEDULES[schedule](t / iterations) for t in range(iterations + 1)]
+
+    seed = as_seed(seed)
+    more_seeds = Generator().manual_seed(seed)
+    found, restart = None, torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for r in range(restarts):
+        z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
+        new = descend(f, kernel, x, z, U, etas, build(), GRADIENTS[gradient], keep)
+        if found is None:
+            found = new
+            continue
+        better = new[2].amin(0) < found[2].amin(0)
+        restart = torch.where(better, r, restart)
+        found = [
+            torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in zip(new, found, strict=True)
+        ]
+    if not found[2].amin(0).isfinite().all():
+        raise FloatingPointError("the chain left the finite numbers at every iteration: f is too steep for this kernel")
+    return Reconstruction(found[0], found[1], found[2], restart, found[3])
