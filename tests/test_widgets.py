@@ -1,0 +1,31 @@
+"""The slider calls the plot function it was given; nothing more can be seen without a browser."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import srmcmc_lib
+from srmcmc_lib import widgets
+
+
+def test_the_slider_draws_what_is_chosen():
+    drawn = []
+    box = widgets.slider(drawn.append, [13, 20, 50], 20)
+    (handle,) = box.kwargs_widgets
+    assert handle.options == (13, 20, 50) and handle.value == 20 and handle.description == "K"
+    assert set(drawn) == {20}
+    handle.value = 50
+    assert drawn[-1] == 50
+
+
+def test_a_value_off_the_scale_is_refused():
+    with pytest.raises(Exception, match="Invalid selection"):
+        widgets.slider(print, [13, 20], 21)
+
+
+def test_ipywidgets_is_imported_nowhere_else():
+    for file in Path(srmcmc_lib.__file__).parent.glob("*.py"):
+        imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {alias.name for n in imports for alias in n.names} | {getattr(n, "module", None) for n in imports}
+        assert file.name == "widgets.py" or "ipywidgets" not in names
