@@ -30,10 +30,12 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
         name: "fashion_mnist" (60,000 training and 10,000 test images; the original idx files from `data/`, from
             Debian's dataset-fashion-mnist, or downloaded by torchvision), "fashion_mnist_mini" (embedded: the 10,000
             test images, the first 8,000 as "train" and the others as "test"), or "folder:PATH" (any tree of images;
-            `PATH/train` and `PATH/test` are its splits where they exist, otherwise all of PATH is "train").
+            `PATH/train` and `PATH/test` are its splits where they exist; without `PATH/train`, all of PATH but
+            `PATH/test` is "train").
         image_size: H = W in pixels, 4 … 1024. Fashion-MNIST's 28×28 is padded with black to 32 (never stretched) and
             left alone at 28; folders are centre-cropped to a square and resized.
-        limit: the first `limit` images (the paper: 40,000 of each data set); None for all.
+        limit: the first `limit` images (the paper: 40,000 of each data set), in a folder those of the first `limit`
+            files by path; None for all.
         split: "train" or "test".
 
     Returns:
@@ -146,19 +148,26 @@ def _folder(path: str, size: int, limit: int | None, split: str) -> Tensor:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{path} names no folder ({root.absolute()}); give the folder that holds images")
+    held_out = root / "test"  # never trained on, also where the training images lie loose beside it
     if (root / split).is_dir():
         root /= split
     elif split == "test":
-        raise FileNotFoundError(f"folder:{path} has no test split; put held-out images in {root / 'test'}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:limit]
+        raise FileNotFoundError(f"folder:{path} has no test split; put held-out images in {held_out}")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = [p for p in files if split == "test" or held_out not in p.parents][:limit]
     if not files:
         raise ValueError(f"folder:{path} holds no image file ({', '.join(sorted(SUFFIXES))})")
     stamp = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((str(root.resolve()), size, stamp)).encode()).hexdigest()[:16]
-    return _cached(f"{root.resolve().name}-{size}-{key}", lambda: _read_folder(files, size))
+    images, unreadable = _cached(f"{root.resolve().name}-{size}-{key}", lambda: _read_folder(files, size))
+    if len(unreadable):
+        some = ", ".join(unreadable[:5]) + (" …" if len(unreadable) > 5 else "")
+        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=3)
+    return torch.from_numpy(images)
 
 
-def _read_folder(files: list[Path], size: int) -> np.ndarray:
+def _read_folder(files: list[Path], size: int) -> tuple[np.ndarray, list[str]]:
+    """The images, uint8 [n, C, size, size], and the files that could not be read."""
     pixels, unreadable, grey = [], [], True
     for file in files:
         try:
@@ -170,24 +179,22 @@ def _read_folder(files: list[Path], size: int) -> np.ndarray:
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 pixels.append(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
-            unreadable.append(file)
+            unreadable.append(str(file))
     if not pixels:
         raise ValueError(f"none of the {len(files)} image files could be read, e.g. {files[0]}")
-    if unreadable:
-        some = ", ".join(map(str, unreadable[:5])) + (" …" if len(unreadable) > 5 else "")
-        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=6)
     stack = np.stack(pixels).transpose(0, 3, 1, 2)
-    return stack[:, :1] if grey else stack
+    return np.ascontiguousarray(stack[:, :1] if grey else stack), unreadable
 
 
-def _cached(key: str, prepare: Callable[[], np.ndarray]) -> Tensor:
-    """The array stored under key, prepared on the first call; written aside and renamed, so never half there."""
-    file = paths.cache() / f"{key}.npy"
+def _cached(key: str, prepare: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
+    """What is stored under key, prepared on the first call; written aside and renamed, so never half there."""
+    file = paths.cache() / f"{key}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        array = np.ascontiguousarray(prepare())
+        images, unreadable = prepare()
         aside = file.with_name(f"{file.name}.{os.getpid()}.part")
         with aside.open("wb") as f:
-            np.save(f, array)
+            np.savez(f, images=images, unreadable=np.array(unreadable, dtype=str))
         aside.replace(file)
-    return torch.from_numpy(np.load(file))
+    with np.load(file) as stored:
+        return stored["images"], stored["unreadable"].tolist()

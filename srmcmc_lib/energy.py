@@ -24,8 +24,8 @@ class EnergyNet(nn.Module):
 
     Args:
         channels: C, the image's channels (1 or 3 as a rule).
-        image_size: H = W in pixels, 5 … 1024. A size that is not a power of two is zero-padded up to the next one
-            (28 → 32), never stretched.
+        image_size: H = W in pixels, 5 … 1024. A size that is not a power of two is zero-padded (mid-grey in [-1, 1])
+            up to the next one (28 → 32), never stretched.
         width: n_f, the base number of feature maps (paper: 32, 64, 128).
         activation: "leaky_relu" (slope 0.2, the paper), "silu", "gelu" or "softplus".
 

@@ -14,14 +14,15 @@ class Langevin:
     """Constants of the short-run kernel: x ← x + s·f'(x) + ε·U, U ~ N(0, I), repeated K times.
 
     Two conventions describe the same update. Both are tempered: the chain that would converge, did it run for ever
-    with small steps, has the law exp(f/T).
+    with small steps, would have the law exp(f/T) (where that can be normalised).
 
     | | drift coefficient | noise std | temperature T |
     |---|---|---|---|
     | authors' code (ours) | s = `step_size` | ε = `noise` | ε² / (2 s) |
     | eq. (4) for f/T | Δτ / (2 T) | √Δτ | T |
 
-    The authors' s = 1, ε = 0.01 is therefore eq. (4) with Δτ = 10⁻⁴ and T = 5·10⁻⁵, not "a step size of 1".
+    The authors' s = 1, ε = 0.01 is therefore eq. (4) with Δτ = 10⁻⁴ and T = 5·10⁻⁵: Δτ is small and f/T as much
+    steeper than f, so that the drift Δτ/2 · f'/T is f' itself.
 
     Attributes:
         steps: K ≥ 1, the same in training and in evaluation (paper: 100).

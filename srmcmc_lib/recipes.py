@@ -21,6 +21,7 @@ from .checkpoint import find
 from .data import observed
 from .energy import EnergyNet
 from .langevin import Langevin
+from .profiles import Loader
 from .records import Record, read_log
 from .shortrun import ShortRun
 from .training import TrainConfig, train
@@ -34,13 +35,15 @@ def read_recipe(name: str) -> dict:
     if not path.exists():
         there = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
         raise FileNotFoundError(f"no recipe {name!r}; there are {there}")
-    recipe = yaml.safe_load(path.read_text())
+    recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
     if recipe.keys() != KEYS:
         raise ValueError(f"{path}: the keys must be {sorted(KEYS)}, got {sorted(recipe)}")
     known = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps"}
     for stage in recipe["stages"]:
         if unknown := stage.keys() - known:
             raise ValueError(f"{path}: unknown setting {sorted(unknown)}; known are {sorted(known)}")
+        if missing := {"steps", "updates"} - stage.keys():
+            raise ValueError(f"{path}: a stage lacks {sorted(missing)}")
     return recipe
 
 

@@ -34,10 +34,10 @@ class NotebookFailed(RuntimeError):
     """A cell failed; says which one, and where the executed notebook is."""
 
 
-def target(notebook: Path, profile: Path) -> Path:
-    """The folder of a notebook's figures under a profile."""
-    root = paths.figures() if profile.stem == DEFAULT_PROFILE else paths.figures() / profile.stem
-    return root / notebook.stem
+def target(notebook: Path, profile: Path, overrides: dict | None = None) -> Path:
+    """The folder of a notebook's figures: the committed one only for the default profile without any --set."""
+    custom = ["custom"] if overrides else [] if profile.stem == DEFAULT_PROFILE else [profile.stem]
+    return paths.figures().joinpath(*custom, notebook.stem)
 
 
 def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeout: int = 3600) -> Path:
@@ -59,7 +59,7 @@ def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeo
     """
     from nbconvert import HTMLExporter  # here, because `--check` and the Snakefile needn't wait for it
 
-    plan, name, folder = planned(notebook, profile, overrides), notebook.stem, target(notebook, profile)
+    plan, name, folder = planned(notebook, profile, overrides), notebook.stem, target(notebook, profile, overrides)
     changed = {k: v for k, v in parameters(notebook, profile, overrides).items() if v != defaults(notebook)[k]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     failed = folder.parent / f"{name}.failed.ipynb"
@@ -80,7 +80,7 @@ def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeo
         manifest = plan | {
             "seed": plan["parameters"].get("seed"),
             "seconds": round(time.perf_counter() - started, 1),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+            "device": platform.machine() + " CPU",  # where every notebook runs so far
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "versions": {package: _version(package) for package in ("srmcmc", "torch", "numpy")},
@@ -191,7 +191,10 @@ def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"--set takes name=value, got {text!r}")
-    return name.strip(), yaml.load(value, Loader)
+    try:
+        return name.strip(), yaml.load(value, Loader)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"--set {text}: the value can't be read: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
                 refresh(notebook, options.cell_timeout)
             else:
                 run(notebook, options.profile, dict(options.overrides), options.cell_timeout)
-            where = notebook if options.in_place else target(notebook, options.profile)
+            where = notebook if options.in_place else target(notebook, options.profile, dict(options.overrides))
             print(f"{notebook}: {time.perf_counter() - started:.0f} s, written to {where}", file=sys.stderr)
     except (ProfileError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)

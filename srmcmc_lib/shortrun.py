@@ -1,7 +1,8 @@
 """ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -39,6 +40,10 @@ class ShortRun:
     value_range: tuple[float, float] = (-1.0, 1.0)
     dataset: str = ""
     training: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if type(self.prior) not in PRIORS.values():  # a checkpoint could not be read back
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -184,17 +189,27 @@ class ShortRun:
         return z.to(self.device)
 
     def _noise(self, u: Noise, n: int, start: int = 0) -> Iterator[Tensor] | None:
-        if u is None or not self.kernel.noise:
+        """K tensors of N(0, I) on the model's device, drawn or as given; None for the noise-free chain."""
+        K, shapes = self.kernel.steps, [(b, *self.shape) for b in (1, n)]
+        if u is None:
             return None
         if isinstance(u, int | Generator):
             each = streams(u, FOR_U, start, n)
-            return (torch.stack([torch.randn(self.shape, generator=g) for g in each]).to(self.device)
-                    for _ in range(self.kernel.steps))  # fmt: skip
-        shapes = [(self.kernel.steps, b, *self.shape) for b in (1, n)]
-        if isinstance(u, Tensor) and tuple(u.shape) not in shapes:
-            shapes = " or ".join(map(str, shapes))
-            raise ValueError(f"u must hold K = {self.kernel.steps} tensors, {shapes}, got {tuple(u.shape)}")
-        return iter(u)
+            return (torch.stack([torch.randn(self.shape, generator=g) for g in each]).to(self.device) for _ in range(K))
+        if not isinstance(u, Iterable):
+            raise ValueError(f"u must be None, a seed, a torch.Generator or K tensors, got {type(u).__name__}")
+        if (isinstance(u, Sized) and len(u) != K) or (isinstance(u, Tensor) and tuple(u.shape[1:]) not in shapes):
+            got = tuple(u.shape) if isinstance(u, Tensor) else len(u)
+            raise ValueError(f"u must hold K = {K} tensors of shape {shapes[0]} or {shapes[1]}, got {got}")
+
+        def given() -> Iterator[Tensor]:
+            for k, u_k in enumerate(u):
+                if tuple(u_k.shape) not in shapes or not u_k.isfinite().all():
+                    what = "a NaN or infinity" if tuple(u_k.shape) in shapes else f"the shape {tuple(u_k.shape)}"
+                    raise ValueError(f"u at step {k} has {what}; K = {K} finite tensors {shapes[0]} or {shapes[1]} fit")
+                yield u_k.to(self.device)
+
+        return given()
 
     def save(self, path: str | Path, **extra: Tensor) -> Path:
         """Writes one safetensors file that holds everything needed to sample again; returns its path.
@@ -225,17 +240,30 @@ class ShortRun:
         """
         path = checkpoint.find(source)
         meta, tensors = checkpoint.read(path)
-        config = dict(meta["network"])
-        kind = config.pop("class")
+        if f is None and meta["network"].get("class") != "EnergyNet":
+            raise ValueError(f"{path} holds weights of a {meta['network'].get('class')}: build one and pass it as f=")
         if f is None:
-            if kind != "EnergyNet":
-                raise ValueError(f"{path} holds weights of a {kind}: build one and pass it as f=")
-            f = EnergyNet(**config)
+            f = _rebuilt(path, meta["network"], {"EnergyNet": EnergyNet})
+        elif (here := {"class": type(f).__name__, **getattr(f, "config", {})}) != meta["network"]:
+            raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
         try:
             f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
         except RuntimeError as error:
             raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
-        prior = dict(meta["prior"])
-        prior = PRIORS[prior.pop("class")](**prior)
-        kernel = Langevin(**meta["kernel"])
+        kernel = _rebuilt(path, {"class": "Langevin", **meta["kernel"]}, {"Langevin": Langevin})
+        prior = _rebuilt(path, meta["prior"], PRIORS)
         return cls(f, kernel, prior, tuple(meta["value_range"]), meta["dataset"], meta["training"]).to(device)
+
+
+def _rebuilt(path: Path, config: dict, classes: dict[str, type]):
+    """The object that a checkpoint's metadata describe, every argument given; ValueError where they are damaged."""
+    arguments = dict(config)
+    try:
+        made = classes[arguments.pop("class")]
+        wanted = {p.name for p in signature(made).parameters.values()}
+        if arguments.keys() != wanted:
+            raise ValueError(f"it needs {sorted(wanted)} and has {sorted(arguments)}")
+        return made(**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        what = " or ".join(classes)
+        raise ValueError(f"{path} is damaged: its metadata {config} describe no {what} ({error})") from error

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -102,10 +104,11 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
     Raises (at the call, before any work):
         ValueError: wrong images, or a checkpoint that was made with other settings.
     Raises (while iterating):
-        FloatingPointError: learning diverged; the last checkpoint is kept.
+        FloatingPointError: learning diverged; the last two checkpoints are kept (the older as NAME.previous…), because
+            images and d look healthy for a while after K·‖∂f/∂x‖ has started to climb.
     """
     check_images(images, model.shape)
-    state = _State(model, config)
+    state = _State(model, config, images)
     if resume and config.checkpoint and Path(config.checkpoint).exists():
         state.restore(Path(config.checkpoint))
     return _updates(model, images.to(model.device), config, state)
@@ -123,8 +126,9 @@ def _updates(model: ShortRun, images: Tensor, config: TrainConfig, state: "_Stat
             if not math.isfinite(d) or abs(d) > 1e3:
                 raise FloatingPointError(
                     f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
-                    f" Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or "
-                    f"the last checkpoint with another seed ({config.checkpoint or 'none was asked for'})."
+                    f" Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or another "
+                    f"seed; start anew, or from ShortRun.load({str(previous(config.checkpoint or 'NAME'))!r}) under "
+                    "another checkpoint name (the latest checkpoint may already be on its way out)."
                 )
             state.step += 1
             state.seconds = time.perf_counter() - started
@@ -162,14 +166,23 @@ def update(model: ShortRun, images: Tensor, m: int, sigma: float, rate: float, a
     return d.item(), torch.stack(norms).mean().item()
 
 
+def previous(checkpoint: str | Path) -> Path:
+    """Where the checkpoint before the last one is kept: NAME.previous.safetensors."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 class _State:
     """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters."""
 
-    def __init__(self, model: ShortRun, config: TrainConfig):
+    def __init__(self, model: ShortRun, config: TrainConfig, images: Tensor):
         self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
         self.adam = torch.optim.Adam(model.f.parameters(), lr=config.rate, betas=config.betas)
         self.generators = {p: Generator(model.device).manual_seed(4 * config.seed + i) for i, p in enumerate(PURPOSES)}
         self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
+        # what a resumed run must share besides its settings: generators differ between devices
+        checksum = zlib.crc32(images.cpu().contiguous().numpy())
+        self.circumstances = {"images": [len(images), checksum], "device": model.device.type}
 
     def _theta(self):
         return self.model.f.named_parameters()
@@ -187,6 +200,10 @@ class _State:
         theta = {k: p.detach().clone() for k, p in self._theta()}
         extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
         self._describe(record)
+        if path.exists():
+            aside = previous(path).with_suffix(".part")
+            shutil.copyfile(path, aside)  # not moved: a run killed here must find its checkpoint
+            aside.replace(previous(path))
         try:
             self._fill(self.average)  # what a reader of the checkpoint samples with
             self.model.save(path, **extra)
@@ -200,6 +217,7 @@ class _State:
     def _describe(self, record: Record) -> None:
         settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
         settings["betas"] = list(settings["betas"])  # as JSON gives them back
+        settings |= self.circumstances
         self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
 
     @torch.no_grad()
@@ -218,9 +236,13 @@ class _State:
             if stored.get(name) != asked:
                 raise ValueError(f"{path} was trained with {name}={stored.get(name)!r}, the config says {asked!r}: "
                                  "set it back, or pass resume=False to start anew")  # fmt: skip
+        for name, here in self.circumstances.items():
+            if stored.get(name) != here:
+                raise ValueError(f"{path} was trained with {name} {stored.get(name)}, not {here}: give the same")
         for name, here in json.loads(json.dumps(self.model.config)).items():
             if meta[name] != here:
                 raise ValueError(f"{path} holds a model with {name} {meta[name]}, the model at hand has {here}")
+        self.model.f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
         theta = "theta." if self.average else "f."
         self._fill({k: tensors[theta + k] for k, _ in self._theta()})
         for k, average in self.average.items():

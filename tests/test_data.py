@@ -292,6 +292,11 @@ def test_splits_and_limit_of_a_folder(folder):
     assert [tuple(p.tolist()) for p in train[:, :, 0, 0]] == [RED, GREEN]
     assert [tuple(p.tolist()) for p in test[:, :, 0, 0]] == [BLUE]
     assert torch.equal(look(folder, limit=1), train[:1])
+    put(folder, "loose/4.png", BLUE)
+    assert len(look(folder)) == 2, "what lies beside train/ is not part of it"
+    (folder / "train").rename(folder / "loose" / "train")
+    assert len(look(folder)) == 3, "loose images are for training, those of test/ never"
+    (folder / "loose" / "train").rename(folder / "train")
     assert len(look(folder / "train")) == 2  # without the two folders all of it is "train" …
     with pytest.raises(FileNotFoundError, match=f"has no test split; put held-out images in {folder}/train/test"):
         look(folder / "train", split="test")  # … and there is no test
@@ -311,7 +316,7 @@ def test_a_folder_that_is_missing_or_holds_no_images_is_refused(folder):
 def test_the_cache_is_reused_and_refreshed(folder, own_home, monkeypatch):
     put(folder, "1.png", RED)
     first = look(folder)
-    assert [p.suffix for p in cached(own_home)] == [".npy"]
+    assert [p.suffix for p in cached(own_home)] == [".npz"]
 
     with monkeypatch.context() as m:
         m.setattr(data, "_read_folder", lambda *_: pytest.fail("read again"))
@@ -339,16 +344,16 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(folder, o
     for i, colour in enumerate((RED, GREEN)):
         put(folder, f"{i}.png", colour)
 
-    def interrupt(file, array=None, *_, **__):
+    def interrupt(file, *_, images=None, **__):
         if moment == "writing":
-            file.write(array.tobytes()[:100])
+            file.write(images.tobytes()[:100])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(*((np, "save") if moment == "writing" else (data.ImageOps, "fit")), interrupt)
+        m.setattr(*((np, "savez") if moment == "writing" else (data.ImageOps, "fit")), interrupt)
         with pytest.raises(KeyboardInterrupt):
             look(folder)
-    assert [p for p in cached(own_home) if p.suffix == ".npy"] == []
+    assert [p for p in cached(own_home) if p.suffix == ".npz"] == []
     assert look(folder)[:, :, 0, 0].tolist() == [list(RED), list(GREEN)]
 
 

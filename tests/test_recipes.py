@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from srmcmc_lib import ShortRun, paths, recipes
+from srmcmc_lib import ShortRun, observed, paths, recipes
+from srmcmc_lib.data import to_float
 
 SHIPPED = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
 TINY = {
@@ -77,3 +78,31 @@ def test_a_shipped_model_is_what_its_recipe_says(name):
     assert json.loads((paths.PRETRAINED / f"{name}.json").read_text()) == model.training
     curves = recipes.learning_curves(name)
     assert [records[-1].step for _, records in curves] == [stage["updates"] for stage in recipe["stages"]]
+
+
+def smoothness(x: torch.Tensor) -> float:
+    """Correlation of horizontally and vertically neighbouring pixels: 0.88 on Fashion-MNIST, 0 on noise."""
+    pairs = [(x[..., :-1], x[..., 1:]), (x[..., :-1, :], x[..., 1:, :])]
+    return sum(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item() for a, b in pairs) / 2
+
+
+def likeness(x: torch.Tensor, data: torch.Tensor) -> float:
+    """Correlation of the mean images."""
+    return torch.corrcoef(torch.stack([x.mean(0).flatten(), data.mean(0).flatten()]))[0, 1].item()
+
+
+def looks_like(x: torch.Tensor, data: torch.Tensor) -> bool:
+    """Smooth as photographs are, right on average, and as varied as the data, neither one mode nor noise."""
+    diversity = (x.std(0).mean() / data.std(0).mean()).item()
+    return smoothness(x) > 0.75 and likeness(x, data) > 0.95 and 0.8 < diversity < 1.25
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_samples_images_not_noise_and_needs_all_of_its_steps(name):
+    model = ShortRun.load(name)
+    data = to_float(observed(model.dataset, model.f.image_size, limit=2000))
+    z = model.draw_z(48, seed=5)
+    assert looks_like(model(z, u=5), data)
+    assert not looks_like(z, data)
+    assert not looks_like(model.with_steps(model.kernel.steps // 2)(z, u=5), data)
+    assert not looks_like(data[:1].expand(48, -1, -1, -1), data), "one image 48 times must not pass"

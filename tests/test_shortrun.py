@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, nn
 
-from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, Uniform, paths
+from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, Uniform, checkpoint, paths
 
 K, SHAPE = 4, (1, 8, 8)
 
@@ -161,8 +161,52 @@ def test_noise_of_a_wrong_shape_is_refused(model, shape):
 
 
 def test_noise_that_is_too_short_is_refused(model):
+    two = [torch.zeros(2, *SHAPE)] * 2
+    with pytest.raises(ValueError, match=f"u must hold K = {K} tensors.*got 2"):
+        model(torch.zeros(2, *SHAPE), two)
     with pytest.raises(ValueError, match=f"u ended after 2 of K = {K} steps"):
-        model(torch.zeros(2, *SHAPE), [torch.zeros(2, *SHAPE)] * 2)
+        model(torch.zeros(2, *SHAPE), iter(two))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(7, *SHAPE), r"u at step 1 has the shape \(7, 1, 8, 8\)"),
+        (torch.full((2, *SHAPE), float("nan")), "u at step 1 has a NaN"),
+    ],
+)
+def test_one_bad_noise_tensor_is_named(model, bad, message):
+    u = [torch.zeros(2, *SHAPE)] * K
+    u[1] = bad
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, *SHAPE), u)
+
+
+def test_noise_that_is_no_noise_is_refused(model):
+    with pytest.raises(ValueError, match=r"u must be None, a seed, a torch.Generator or K tensors, got float"):
+        model(torch.zeros(2, *SHAPE), 0.5)
+
+
+def test_a_prior_that_could_not_be_loaded_again_is_refused(model):
+    with pytest.raises(ValueError, match="prior must be one of Uniform, Gaussian"):
+        ShortRun(model.f, model.kernel, prior=object())
+
+
+def test_a_network_of_another_kind_is_refused_even_if_the_weights_would_fit(model, tmp_path):
+    path = model.save(tmp_path / "m.safetensors")
+    other = EnergyNet(**{**model.f.config, "activation": "softplus"})
+    with pytest.raises(ValueError, match=r"but f is .*softplus"):
+        ShortRun.load(path, f=other)
+
+
+@pytest.mark.parametrize("lost", ["step_size", "noise"])
+def test_a_checkpoint_that_lost_a_constant_is_damaged_not_defaulted(model, tmp_path, lost):
+    path = model.save(tmp_path / "m.safetensors")
+    meta, tensors = checkpoint.read(path)
+    del meta["kernel"][lost]
+    checkpoint.write(path, meta, tensors)
+    with pytest.raises(ValueError, match=rf"m\.safetensors is damaged.*{lost}"):
+        ShortRun.load(path)
 
 
 def test_a_chain_that_explodes_says_so():

@@ -146,7 +146,7 @@ die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 where, folder = sys.argv[1:]
 replace = Path.replace
 def replace_and_die(self, target):
-    if not target.name.endswith(".safetensors") or update < 8:
+    if target.name != "c.safetensors" or update < 8:
         return replace(self, target)
     if where == "after the rename":
         replace(self, target)
@@ -427,7 +427,9 @@ def test_divergence_is_raised_and_the_last_checkpoint_stays(tmp_path, steps):
         log=str(tmp_path / "l.csv"),
     )
     model, steps_done, last = tiny(steps=steps, width=8), 0, b""
-    with pytest.raises(FloatingPointError, match=r"diverged at update \d+.*a rate below 0.3.*c\.safetensors") as error:
+    with pytest.raises(
+        FloatingPointError, match=r"diverged at update \d+.*a rate below 0.3.*c\.previous\.safetensors"
+    ) as error:
         for record in train(model, IMAGES, c):
             steps_done, last = record.step, Path(c.checkpoint).read_bytes()
     assert steps_done >= 1 and f"at update {steps_done + 1}:" in str(error.value)
@@ -435,8 +437,18 @@ def test_divergence_is_raised_and_the_last_checkpoint_stays(tmp_path, steps):
     good = ShortRun.load(c.checkpoint)
     assert good.training["last"]["step"] == steps_done
     assert all(p.isfinite().all() for p in good.f.parameters())
+    if steps_done > 1:
+        before = ShortRun.load(tmp_path / "c.previous.safetensors")
+        assert before.training["last"]["step"] == steps_done - 1
     assert [r.step for r in read_log(c.log)] == [*range(1, steps_done + 1)]
     assert all(p.requires_grad for p in model.f.parameters())
+
+
+def test_a_run_is_not_resumed_with_other_images(tmp_path):
+    c = config(checkpoint=str(tmp_path / "c.safetensors"))
+    list(train(tiny(), IMAGES, c))
+    with pytest.raises(ValueError, match="was trained with images"):
+        train(tiny(), 255 - IMAGES, c)
 
 
 # ---------------------------------------------------------------------------------------------------------- logs
