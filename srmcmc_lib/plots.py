@@ -118,12 +118,12 @@ def nearest(samples: Tensor, neighbours: Tensor, distances: Tensor) -> Figure:
     return figure
 
 
-def distance_histogram(sample_to_train: Tensor, test_to_train: Tensor) -> Figure:
-    """Distances to the nearest training image: samples against held-out images (is it memorising?)."""
+def distance_histogram(distances: dict[str, Tensor]) -> Figure:
+    """Distances to the nearest training image, by group: samples, held-out images, … (is it memorising?)."""
     figure, ax = _subplots(figsize=(5, 2.6), layout="constrained")
-    bins = np.linspace(0, float(max(sample_to_train.max(), test_to_train.max())), 40)
-    ax.hist(test_to_train.numpy(), bins, alpha=0.6, density=True, label="held-out images")
-    ax.hist(sample_to_train.numpy(), bins, alpha=0.6, density=True, label="samples")
+    bins = np.linspace(0, float(max(values.max() for values in distances.values())), 40)
+    for name, values in distances.items():
+        ax.hist(values.cpu().numpy(), bins, alpha=0.6, density=True, label=name)
     ax.set_xlabel("root mean squared difference to the nearest training image")
     ax.set_ylabel("density")
     ax.legend(frameon=False, fontsize=8)
@@ -176,10 +176,10 @@ def omega_theta(steps: int, path: np.ndarray, onward: np.ndarray, data: np.ndarr
     ax.plot(*onward.T, ":", color="C3", lw=1.6)
     notes = [
         (path[0], "C0", "w", (0, -20), "$p_0$"),
+        (data, "k", "k", (-30, 8), "data"),
         (path[-1], "C3", "C3", (14, 8), rf"$q_{{\theta}}$ after K = {steps} steps (MME)"),
         (onward[-1], "C3", "w", (0, -20), r"$p_{\theta}$: the chain run on"),
         (np.zeros(2), "C2", "C2", (-30, -20), "MLE"),
-        (data, "k", "k", (-30, 8), "data"),
     ]
     for at, edge, face, offset, text in notes:
         ax.plot(*at, "o", ms=10, mec=edge, mfc=face, mew=2, zorder=3)

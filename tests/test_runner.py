@@ -121,11 +121,20 @@ def test_a_parameters_cell_with_an_expression_is_refused(project):
         profiles.defaults(notebook)
 
 
+def test_only_the_default_profile_as_it_is_writes_where_the_committed_figures_are(project):
+    cpu, other, notebook = Path("profiles/cpu.yaml"), Path("profiles/paper.yaml"), Path("notebooks/00_toy.ipynb")
+    figures = project / "figures"
+    assert runner.target(notebook, cpu) == figures / "00_toy"
+    assert runner.target(notebook, other) == figures / "paper" / "00_toy"
+    assert runner.target(notebook, cpu, {"steps": 7}) == figures / "custom" / "00_toy"
+
+
 def test_success_replaces_the_folder_and_failure_keeps_it(project, capsys):
     notebook, folder = project / "notebooks/00_toy.ipynb", project / "figures/00_toy"
     folder.mkdir(parents=True)
     (folder / "old.png").write_bytes(b"old")
-    assert runner.main([str(notebook), "--set", "steps=7"]) == 0, capsys.readouterr().err
+    (project / "profiles/cpu.yaml").write_text("00_toy: {steps: 7}\n")
+    assert runner.main([str(notebook)]) == 0, capsys.readouterr().err
     made = {"figure.png", "00_toy.ipynb", "00_toy.html", "manifest.json"}
     assert {p.name for p in folder.iterdir()} == made and {p.name for p in folder.parent.iterdir()} == {"00_toy"}
 
