@@ -1,12 +1,13 @@
 """Reconstruction: the z that the chain turns into a given image, z* = argmin ‖x − M_θ(z, u)‖² (figures 4 and 8)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
+from .descent import OPTIMIZERS, Step
 from .langevin import frozen, langevin_chain
 from .priors import as_seed
 
@@ -88,30 +89,6 @@ def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
 
 GRADIENTS = {"auto": residual_gradient, "chain": chain_gradient}
 
-# An optimizer is built for one run and maps z, L'(z), the error per pixel [B] and η to the next z, image by image.
-Step = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def gradient_descent() -> Step:
-    """z ← z − η L'(z)."""
-    return lambda z, dL_dz, error, η: z - η * dL_dz
-
-
-def adam(β1: float = 0.9, β2: float = 0.999, tiny: float = 1e-8) -> Step:
-    """Adam (Kingma and Ba 2015, Algorithm 1), on each pixel by itself."""
-    m = v = t = 0
-
-    def step(z: Tensor, dL_dz: Tensor, error: Tensor, η: float) -> Tensor:
-        nonlocal m, v, t
-        t += 1
-        m, v = β1 * m + (1 - β1) * dL_dz, β2 * v + (1 - β2) * dL_dz**2
-        return z - η * (m / (1 - β1**t)) / ((v / (1 - β2**t)).sqrt() + tiny)
-
-    return step
-
-
-OPTIMIZERS = {"gd": (gradient_descent, 0.1), "adam": (adam, 0.05)}  # and each one's η
-
 
 def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, gradient, keep: Sequence[int]):
     """One run from z: the best z and M_θ(z, u) of each image, the errors [iterations + 1, B], the states kept."""
@@ -127,7 +104,7 @@ def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, g
         errors.append(error)
         if t in keep:
             states[t] = M
-        z = step(z, dL_dz, error, η)
+        z = step(z, dL_dz, η)
     kept = torch.stack([states[t] for t in keep]) if keep else x.new_empty(0, *x.shape)
     return best_z, best_M, torch.stack(errors), kept
 

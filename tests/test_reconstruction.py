@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from srmcmc_lib import EnergyNet, Langevin, ShortRun
+from srmcmc_lib.descent import OPTIMIZERS, adam, lbfgs
 from srmcmc_lib.langevin import langevin_chain
-from srmcmc_lib.reconstruction import OPTIMIZERS, chain_gradient, residual_gradient
+from srmcmc_lib.reconstruction import chain_gradient, residual_gradient
 
 SHAPE = (1, 8, 8)
 
@@ -125,6 +126,52 @@ def test_chain_gradient_stores_at_most_a_root_of_K_states(K, monkeypatch):
     assert peak <= 2 * K**0.5 + 3  # and not K + 1
 
 
+# --------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_adam_is_its_papers_algorithm():
+    z = torch.rand(2, *SHAPE, dtype=torch.float64)
+    step, gradients = adam(), []
+    for t in range(1, 5):
+        gradients.append(z**3)
+        age = torch.arange(t - 1, -1, -1).view(t, 1, 1, 1, 1)
+        m = ((0.1 * 0.9**age) * torch.stack(gradients)).sum(0) / (1 - 0.9**t)  # the recursion, written out
+        v = ((0.001 * 0.999**age) * torch.stack(gradients) ** 2).sum(0) / (1 - 0.999**t)
+        expected = z - 0.05 * m / (v.sqrt() + 1e-8)
+        z = step(z, z**3, 0.05)
+        torch.testing.assert_close(z, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "anderson"])
+def test_quasi_newton_steps_solve_an_ill_conditioned_quadratic(optimizer):
+    scale = torch.logspace(-2, 0, 64, dtype=torch.float64).view(SHAPE)  # 40 plain steps leave most of its error
+    z, plain, step = *([torch.ones(3, *SHAPE, dtype=torch.float64)] * 2), OPTIMIZERS[optimizer][0]()
+    for _ in range(40):
+        z, plain = step(z, 2 * scale * z, 0.5), plain - scale * plain
+    assert (scale * z**2).sum() < (scale * plain**2).sum() / 20
+    assert torch.equal(z[0], z[1])
+
+
+def test_lbfgs_meets_the_secant_equation():
+    """H y = s for the last pair, so that along a line with constant curvature the whole step ends at the minimum."""
+    z = torch.randn(2, *SHAPE, dtype=torch.float64)
+    step = lbfgs()
+    for η in (0.1, 0.5):
+        z = step(z, 5 * z, η)
+    assert z.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_image_that_is_nan_or_done_leaves_the_others_alone(optimizer):
+    z = torch.rand(3, *SHAPE)
+    bad = z.clone()
+    bad[1], bad[2] = float("nan"), 0.0  # the third has the gradient 0
+    a, b = OPTIMIZERS[optimizer][0](), OPTIMIZERS[optimizer][0]()
+    for _ in range(4):
+        z, bad = a(z, z**3, 0.1), b(bad, bad**3, 0.1)
+    assert torch.equal(z[0], bad[0]) and bad[2].abs().max() == 0
+
+
 # ------------------------------------------------------------------------------------------------ the iteration
 
 
@@ -144,8 +191,8 @@ def test_errors_are_those_of_the_papers_iteration():
 @pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
 def test_the_error_falls_and_z_gives_x(activation, optimizer):
     model, x = tiny(activation, gain=1.5), targets()
-    rec = model.reconstruct(x, 40, optimizer=optimizer)
-    assert rec.errors.shape == (41, 3) and rec.x.shape == rec.z.shape == x.shape
+    rec = model.reconstruct(x, 30, optimizer=optimizer)
+    assert rec.errors.shape == (31, 3) and rec.x.shape == rec.z.shape == x.shape
     assert (rec.error < rec.errors[0] / (5 if optimizer == "adam" else 20)).all()
     torch.testing.assert_close(model(rec.z), rec.x)
     torch.testing.assert_close((rec.x - x).square().mean(dim=(1, 2, 3)), rec.error)
@@ -161,12 +208,12 @@ def test_no_image_depends_on_the_others(optimizer):
     model, x = tiny(gain=1.5), targets()
     other = x.clone()
     other[1:] = 1 - other[1:] ** 2
-    a, b = (model.reconstruct(images, 12, optimizer=optimizer, restarts=2, keep=[5], u=4) for images in (x, other))
+    a, b = (model.reconstruct(images, 6, optimizer=optimizer, restarts=2, keep=[5], u=4) for images in (x, other))
     for name in ("z", "x"):
         assert torch.equal(getattr(a, name)[0], getattr(b, name)[0])
     for name in ("errors", "states"):
         assert torch.equal(getattr(a, name)[:, 0], getattr(b, name)[:, 0])
-    alone = model.reconstruct(x[:1], 12, optimizer=optimizer, restarts=2, u=4)
+    alone = model.reconstruct(x[:1], 6, optimizer=optimizer, restarts=2, u=4)
     torch.testing.assert_close(alone.z, a.z[:1], rtol=1e-3, atol=1e-3)
 
 
