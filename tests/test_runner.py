@@ -153,6 +153,7 @@ def test_success_replaces_the_folder_and_failure_keeps_it(project, capsys):
     }
     assert {"notebook", "profile", "seed", "seconds", "device", "python", "versions", "git"} <= set(manifest)
 
+    (project / "profiles/cpu.yaml").write_text("00_toy: {}\n")
     toy(project, DRAW, "x = 1", "y = 1\nif y:\n    x / 0  # here\nx = 2")
     assert runner.main([str(notebook)]) == 1
     said = capsys.readouterr().err
