@@ -96,9 +96,8 @@ def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, g
     best, errors, states = x.new_full(x.shape[:1], math.inf), [], {}
     for t, η in enumerate(etas):
         M, dL_dz = gradient(f, kernel, x, z, U)
-        error = (
-            (M - x).square().flatten(1).mean(1).nan_to_num(math.inf, math.inf)
-        )  # an image that left the finite numbers
+        error = (M - x).square().flatten(1).mean(1)
+        error = error.nan_to_num(math.inf, math.inf)  # an image that left the finite numbers must not stop the others
         better = per_image(error < best)
         best_z, best_M, best = torch.where(better, z, best_z), torch.where(better, M, best_M), best.minimum(error)
         errors.append(error)
@@ -149,9 +148,9 @@ def reconstruct(
             continue
         better = new[2].amin(0) < found[2].amin(0)
         restart = torch.where(better, r, restart)
-        found = [
-            torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in zip(new, found, strict=True)
-        ]
+        pairs = zip(new, found, strict=True)  # z, M_θ(z, u), errors, states
+        found = [torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in pairs]
     if not found[2].amin(0).isfinite().all():
         raise FloatingPointError("the chain left the finite numbers at every iteration: f is too steep for this kernel")
-    return Reconstruction(found[0], found[1], found[2], restart, found[3])
+    z, M, errors, states = found
+    return Reconstruction(z, M, errors, restart, states)
