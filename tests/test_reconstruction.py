@@ -108,22 +108,25 @@ def test_a_linear_f_is_solved_by_one_whole_step():
 
 
 @pytest.mark.parametrize("K", [4, 16, 36])
-def test_chain_gradient_stores_at_most_a_root_of_K_states(K, monkeypatch):
+def test_stored_states_grow_as_the_root_of_K_and_not_at_all_for_the_closed_form(K, monkeypatch):
     model = tiny("silu", K)
     alive, peak = set(), 0
 
     def spied(*args):
         nonlocal peak
         for state in langevin_chain(*args):
-            key = id(state.x)
-            alive.add(key)
-            weakref.finalize(state.x, alive.discard, key)
+            assert not state.x.requires_grad  # a graph would hold every step's feature maps
+            alive.add(id(state.x))
+            weakref.finalize(state.x, alive.discard, id(state.x))
             peak = max(peak, len(alive))
             yield state
 
     monkeypatch.setattr("srmcmc_lib.reconstruction.langevin_chain", spied)
     chain_gradient(model.f, model.kernel, targets(), model.draw_z(3, 1), None)
     assert peak <= 2 * K**0.5 + 3  # and not K + 1
+    peak = 0
+    residual_gradient(model.f, model.kernel, targets(), model.draw_z(3, 1), None)
+    assert peak <= 3
 
 
 # --------------------------------------------------------------------------------------------------- optimizers
