@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -50,6 +51,20 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if missing := NEEDED - meta.keys():
         raise ValueError(f"{path} is damaged: its metadata lack {', '.join(sorted(missing))}")
     return meta, tensors
+
+
+def rebuilt(path: Path, config: dict, classes: dict[str, type]):
+    """The object that a checkpoint's metadata describe, every argument given; ValueError where they are damaged."""
+    arguments = dict(config)
+    try:
+        made = classes[arguments.pop("class")]
+        wanted = {p.name for p in signature(made).parameters.values()}
+        if arguments.keys() != wanted:
+            raise ValueError(f"it needs {sorted(wanted)} and has {sorted(arguments)}")
+        return made(**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        what = " or ".join(classes)
+        raise ValueError(f"{path} is damaged: its metadata {config} describe no {what} ({error})") from error
 
 
 def _library_version() -> str:

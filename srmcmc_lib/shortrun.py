@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -244,27 +243,13 @@ class ShortRun:
         if f is None and meta["network"].get("class") != "EnergyNet":
             raise ValueError(f"{path} holds weights of a {meta['network'].get('class')}: build one and pass it as f=")
         if f is None:
-            f = _rebuilt(path, meta["network"], {"EnergyNet": EnergyNet})
+            f = checkpoint.rebuilt(path, meta["network"], {"EnergyNet": EnergyNet})
         elif (here := {"class": type(f).__name__, **getattr(f, "config", {})}) != meta["network"]:
             raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
         try:
             f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
         except RuntimeError as error:
             raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
-        kernel = _rebuilt(path, {"class": "Langevin", **meta["kernel"]}, {"Langevin": Langevin})
-        prior = _rebuilt(path, meta["prior"], PRIORS)
+        kernel = checkpoint.rebuilt(path, {"class": "Langevin", **meta["kernel"]}, {"Langevin": Langevin})
+        prior = checkpoint.rebuilt(path, meta["prior"], PRIORS)
         return cls(f, kernel, prior, tuple(meta["value_range"]), meta["dataset"], meta["training"]).to(device)
-
-
-def _rebuilt(path: Path, config: dict, classes: dict[str, type]):
-    """The object that a checkpoint's metadata describe, every argument given; ValueError where they are damaged."""
-    arguments = dict(config)
-    try:
-        made = classes[arguments.pop("class")]
-        wanted = {p.name for p in signature(made).parameters.values()}
-        if arguments.keys() != wanted:
-            raise ValueError(f"it needs {sorted(wanted)} and has {sorted(arguments)}")
-        return made(**arguments)
-    except (KeyError, TypeError, ValueError) as error:
-        what = " or ".join(classes)
-        raise ValueError(f"{path} is damaged: its metadata {config} describe no {what} ({error})") from error
