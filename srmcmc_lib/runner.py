@@ -192,7 +192,7 @@ def _assignment(text: str) -> tuple[str, object]:
     if not equals:
         raise argparse.ArgumentTypeError(f"--set takes name=value, got {text!r}")
     try:
-        return name.strip(), yaml.load(value, Loader)
+        return name.strip(), yaml.load(value, Loader) if value else ""  # YAML reads nothing as None
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"--set {text}: the value can't be read: {error}") from None
 

@@ -1,5 +1,6 @@
 """The runner and the Snakefile, on toy notebooks in a project of their own ($SRMCMC_HOME)."""
 
+import argparse
 import json
 import re
 import shutil
@@ -119,6 +120,13 @@ def test_a_parameters_cell_with_an_expression_is_refused(project):
     notebook.write_text(notebook.read_text().replace("steps = 3", "steps = 3 * 7"))
     with pytest.raises(profiles.ProfileError, match=r"`name = literal` only, not `steps = 3 \* 7`"):
         profiles.defaults(notebook)
+
+
+def test_set_reads_numbers_and_an_empty_string():
+    assert runner._assignment("rate=1e-4") == ("rate", 1e-4)
+    assert runner._assignment("checkpoint=") == ("checkpoint", "")
+    with pytest.raises(argparse.ArgumentTypeError, match="the value can't be read"):
+        runner._assignment("seed=[")
 
 
 def test_only_the_default_profile_as_it_is_writes_where_the_committed_figures_are(project):
