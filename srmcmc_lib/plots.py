@@ -103,9 +103,9 @@ def training_curves(records: Sequence, steps: int, smooth: int = 25) -> Figure:
 
 
 def nearest(samples: Tensor, neighbours: Tensor, distances: Tensor) -> Figure:
-    """Samples [n, C, H, W] in the first column, their nearest training images [n, k, C, H, W] to the right.
+    """Samples [n, C, H, W] in the first row, the nearest training images of each [n, k, C, H, W] below it.
 
-    `distances` [n, k] is printed under each neighbour: the root mean squared difference per pixel, range 0 … 2.
+    `distances` [n, k] is printed above each neighbour: the root mean squared difference per pixel, range 0 … 2.
     """
     n, k = distances.shape
     figure, axes = _subplots(k + 1, n, figsize=(0.8 * n, 0.98 * (k + 1)), layout="constrained", squeeze=False)

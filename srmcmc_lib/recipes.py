@@ -55,22 +55,20 @@ def run(name: str, work: Path, out: Path) -> Path:
     torch.manual_seed(recipe["seed"])
     model, logs = None, []
     for i, settings in enumerate(recipe["stages"], start=1):
-        steps = settings.pop("steps")
+        steps = settings["steps"]
         if model is None:
             model = ShortRun(EnergyNet(**recipe["network"]), Langevin(steps), dataset=recipe["dataset"])
         else:
             model = grow(model, steps)
         model.training = {}
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
-        config = TrainConfig(**settings, seed=recipe["seed"], **files)
-        for _ in train(model, images, config):
+        config = TrainConfig(**{k: v for k, v in settings.items() if k != "steps"}, seed=recipe["seed"], **files)
+        for _ in train(model, images, config):  # nothing to do where an earlier run had finished this stage
             pass
-        if (done := ShortRun.load(config.checkpoint)).training["last"]["step"] == config.updates:
-            model = done  # averaged θ, also where this stage had been finished by an earlier run
         logs.append(Path(config.log))
     seconds = sum(read_log(log)[-1].seconds for log in logs)
     card = {
-        "recipe": read_recipe(name),
+        "recipe": recipe,
         "images": len(images),
         "hours": round(seconds / 3600, 3),
         "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} thread(s)",
