@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import os
 import warnings
 import zlib
@@ -18,7 +19,8 @@ from . import paths
 
 NAMES = ("fashion_mnist", "fashion_mnist_mini", "folder:PATH")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-MINI_TRAIN = 8_000  # of the 10,000 embedded images; the last 2,000 are its test split
+MINI_TRAIN = 8_000  # of the 10,000 test images, all embedded; the last 2,000 are the mini set's test split
+EMBEDDED_TRAIN = 40_000  # the first training images, embedded as well: as many as the paper takes of each data set
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist puts the idx files
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -27,9 +29,10 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
     """The observed examples x_i ~ p_data of a named data set.
 
     Args:
-        name: "fashion_mnist" (60,000 training and 10,000 test images; the original idx files from `data/`, from
-            Debian's dataset-fashion-mnist, or downloaded by torchvision), "fashion_mnist_mini" (embedded: the 10,000
-            test images, the first 8,000 as "train" and the others as "test"), or "folder:PATH" (any tree of images;
+        name: "fashion_mnist" (embedded: the first 40,000 training images and the 10,000 test images; the other 20,000
+            from the original idx files in `data/`, from Debian's dataset-fashion-mnist, or downloaded by
+            torchvision), "fashion_mnist_mini" (the 10,000 test images again, the first 8,000 as "train" and the
+            others as "test"), or "folder:PATH" (any tree of images;
             `PATH/train` and `PATH/test` are its splits where they exist; without `PATH/train`, all of PATH but
             `PATH/test` is "train").
         image_size: H = W in pixels, 4 … 1024. Fashion-MNIST's 28×28 is padded with black to 32 (never stretched) and
@@ -54,15 +57,15 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
     if name.startswith("folder:"):
         images = _folder(name.removeprefix("folder:"), image_size, limit, split)
     elif name in NAMES:
-        images = _fit(torch.from_numpy(_fashion(name, split, "images")), image_size)
+        images = _fit(torch.from_numpy(_fashion(name, split, "images", limit)), image_size)
     else:
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
     return images[:limit]
 
 
-def labels(name: str, split: str = "train") -> Tensor:
+def labels(name: str, split: str = "train", limit: int | None = 40_000) -> Tensor:
     """The classes (0 … 9, see CLASSES) of "fashion_mnist" or "fashion_mnist_mini", int64 [n], in observed's order."""
-    return torch.from_numpy(_fashion(name, split, "labels")).long()
+    return torch.from_numpy(_fashion(name, split, "labels", limit)).long()
 
 
 def to_float(images: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -99,16 +102,20 @@ def _fit(images: Tensor, size: int) -> Tensor:
     return images
 
 
-def _fashion(name: str, split: str, kind: str) -> np.ndarray:
-    """Images [n, 28, 28] or labels [n] of a split, read from the original idx files."""
+def _fashion(name: str, split: str, kind: str, limit: int | None) -> np.ndarray:
+    """The first `limit` images [n, 28, 28] or labels [n] of a split, read from the embedded or the original idx files."""
     if name not in ("fashion_mnist", "fashion_mnist_mini"):
         raise ValueError(f"{name!r} is not a Fashion-MNIST set; only those have labels here")
-    mini = name == "fashion_mnist_mini"
-    stem = f"{'t10k' if mini or split == 'test' else 'train'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
-    array = _read_idx(paths.EMBEDDED / f"{stem}.gz" if mini else _find_fashion(stem))
+    mini, idx = name == "fashion_mnist_mini", f"{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    if mini or split == "test":
+        array = _read_idx(paths.EMBEDDED / f"t10k-{idx}.gz")
+    elif limit is not None and limit <= EMBEDDED_TRAIN:
+        array = _read_idx(paths.EMBEDDED / f"train40k-{idx}.xz")
+    else:
+        array = _read_idx(_find_fashion(f"train-{idx}"))
     if mini:
         array = array[:MINI_TRAIN] if split == "train" else array[MINI_TRAIN:]
-    return array
+    return array[:limit]
 
 
 def _find_fashion(stem: str) -> Path:
@@ -127,20 +134,23 @@ def _find_fashion(stem: str) -> Path:
             f"Fashion-MNIST ({stem}) is in none of {', '.join(map(str, places))} and could not be downloaded ({error})."
             " On Debian: apt-get install dataset-fashion-mnist. Elsewhere put the four idx files of "
             "https://github.com/zalandoresearch/fashion-mnist (30 MB) in the second of these folders, "
-            "or use the embedded 'fashion_mnist_mini'."
+            f"or take the embedded images: limit={EMBEDDED_TRAIN}."
         ) from error
     return raw / stem
 
 
+UNPACK = {".gz": gzip.decompress, ".xz": lzma.decompress}
+
+
 def _read_idx(file: Path) -> np.ndarray:
-    """An idx file of unsigned bytes, gzipped or not, as a uint8 array of 1 … 3 dimensions."""
+    """An idx file of unsigned bytes, compressed or not, as a uint8 array of 1 … 3 dimensions."""
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        raw = UNPACK.get(file.suffix, bytes)(file.read_bytes())
         if raw[:3] != b"\0\0\x08":
             raise ValueError("it does not start as an idx file of unsigned bytes")
         shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it and fetch it again") from error
 
 

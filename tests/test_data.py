@@ -15,6 +15,8 @@ from PIL import Image
 from srmcmc_lib import data, observed, paths
 from srmcmc_lib.data import labels, to_float, to_uint8
 
+DEBIAN = data.DEBIAN  # the true place; the fixture below hides it
+
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
@@ -96,18 +98,36 @@ def write_fashion(folder: Path, zipped: bool) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("place", ["FashionMNIST/raw", "fashion-mnist", "."])
 def test_fashion_mnist_is_read_from_the_original_files(tmp_path, place, zipped):
     written = write_fashion(tmp_path / "data" / place, zipped)
-    for split, stem, n in (("train", "train", 7), ("test", "t10k", 5)):
-        x = observed("fashion_mnist", 28, split=split)
-        assert x.shape == (n, 1, 28, 28)
-        assert np.array_equal(x[:, 0].numpy(), written[f"{stem}-images-idx3-ubyte"])
-        assert labels("fashion_mnist", split).tolist() == written[f"{stem}-labels-idx1-ubyte"].tolist()
-    assert observed("fashion_mnist", 32, limit=3).shape == (3, 1, 32, 32)
+    x = observed("fashion_mnist", 28, limit=None)
+    assert x.shape == (7, 1, 28, 28)
+    assert np.array_equal(x[:, 0].numpy(), written["train-images-idx3-ubyte"])
+    assert labels("fashion_mnist", limit=None).tolist() == written["train-labels-idx1-ubyte"].tolist()
+
+
+def test_the_first_40_000_and_the_test_images_are_embedded():
+    x, y = observed("fashion_mnist", 28), labels("fashion_mnist")
+    assert x.shape == (40_000, 1, 28, 28) and y.shape == (40_000,)
+    assert (
+        data.CLASSES[y[0]] == "ankle boot" and data.CLASSES[y[1]] == "T-shirt"
+    )  # as the data set's own page shows them
+    assert torch.bincount(y).min() > 3_900
+    whole = torch.cat([observed("fashion_mnist_mini", 28, split=s) for s in ("train", "test")])
+    assert torch.equal(observed("fashion_mnist", 28, split="test"), whole)
+    assert not (observed("fashion_mnist", 28, limit=100)[:, None] == whole[:100]).flatten(2).all(2).any()
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist, to compare with")
+def test_the_embedded_images_are_the_first_of_the_original_file():
+    raw = gzip.decompress((DEBIAN / "train-images-idx3-ubyte.gz").read_bytes())
+    assert observed("fashion_mnist", 28).numpy().tobytes() == raw[16 : 16 + 40_000 * 784]
+    raw = gzip.decompress((DEBIAN / "train-labels-idx1-ubyte.gz").read_bytes())
+    assert bytes(labels("fashion_mnist").tolist()) == raw[8 : 8 + 40_000]
 
 
 def test_debians_copy_is_found(tmp_path, monkeypatch):
     written = write_fashion(tmp_path / "usr", zipped=True)
     monkeypatch.setattr(data, "DEBIAN", tmp_path / "usr")
-    assert np.array_equal(observed("fashion_mnist", 28)[:, 0].numpy(), written["train-images-idx3-ubyte"])
+    assert np.array_equal(observed("fashion_mnist", 28, None)[:, 0].numpy(), written["train-images-idx3-ubyte"])
 
 
 def test_missing_data_names_every_remedy(tmp_path, monkeypatch):
@@ -116,11 +136,11 @@ def test_missing_data_names_every_remedy(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", no_network)
     with pytest.raises(FileNotFoundError) as error:
-        observed("fashion_mnist")
+        observed("fashion_mnist", limit=None)
     remedies = [
         "apt-get install dataset-fashion-mnist",
         "github.com/zalandoresearch/fashion-mnist",
-        "fashion_mnist_mini",
+        "limit=40000",
     ]
     for remedy in [*remedies, str(tmp_path / "data" / "fashion-mnist"), "name resolution failed"]:
         assert remedy in str(error.value)
@@ -132,7 +152,7 @@ def test_what_torchvision_downloads_is_used(tmp_path, monkeypatch):
         write_fashion(Path(root) / "FashionMNIST" / "raw", zipped=False)
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
-    assert observed("fashion_mnist").shape == (7, 1, 32, 32)
+    assert observed("fashion_mnist", limit=None).shape == (7, 1, 32, 32)
 
 
 def flipped(raw: bytes) -> bytes:
@@ -154,7 +174,7 @@ def test_damaged_idx_files_are_refused_by_name(tmp_path, zipped, damage):
     (file,) = (tmp_path / "data").glob("train-images*")
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=f"{file} is damaged .*delete it and fetch it again"):
-        observed("fashion_mnist")
+        observed("fashion_mnist", limit=None)
 
 
 def test_a_deflate_stream_damaged_inside_is_refused_by_name(tmp_path):
@@ -164,7 +184,7 @@ def test_a_deflate_stream_damaged_inside_is_refused_by_name(tmp_path):
     raw = file.read_bytes()
     file.write_bytes(raw[:10] + b"\xff" * 8 + raw[18:])  # block type 3 does not exist
     with pytest.raises(ValueError, match=f"{file} is damaged"):
-        observed("fashion_mnist")
+        observed("fashion_mnist", limit=None)
 
 
 # ------------------------------------------------------------------------------------------------------- folders
