@@ -237,6 +237,40 @@ def planes(laws: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
+def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, log: bool = True) -> Figure:
+    """Medians over images with the middle 80 % shaded and the worst one dotted, by label.
+
+    Args:
+        curves: (x, values): where, [n], and one column an image, [n, B].
+        xlabel, ylabel: of the axes.
+        log: a logarithmic y axis.
+    """
+    figure, ax = _subplots(figsize=(6.5, 3.4), layout="constrained")
+    for i, (label, (x, values)) in enumerate(curves.items()):
+        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=1)
+        ax.plot(x, middle, color=f"C{i}", lw=1.6, label=label)
+        ax.fill_between(x, low, high, color=f"C{i}", alpha=0.18, lw=0)
+        ax.plot(x, np.max(values, axis=1), ":", color=f"C{i}", lw=1)
+    ax.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {"ylim": (0, None)}))
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[str, np.ndarray]) -> Figure:
+    """Left the law of one pixel of z_ρ by label, right the standard deviation of z_ρ against ρ [R] by label."""
+    figure, (left, right) = _subplots(1, 2, figsize=(9, 3), layout="constrained")
+    bins = np.linspace(-1.5, 1.5, 61)
+    for i, (label, values) in enumerate(pixels.items()):
+        left.hist(values, bins, density=True, histtype="step", lw=1.5, color=f"C{i}", label=label)
+    for label, values in deviations.items():
+        i = list(pixels).index(label)
+        right.plot(rhos, values, color=f"C{i}", lw=1.5, ls=["-", "-", "-", "--"][i % 4], label=label)
+    left.set(xlabel="a pixel of z", ylabel="density", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    right.set(xlabel="ρ", ylabel="standard deviation", ylim=(0, None))
+    return figure
+
+
 def save(figure: Figure, notebook: str, name: str) -> Figure:
     """Writes figures/<notebook>/<name>.png and .pdf (no dates, so bytes repeat); returns the figure, to be shown."""
     folder = paths.figures() / notebook

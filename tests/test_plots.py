@@ -111,3 +111,22 @@ def test_planes_share_one_scale_and_put_the_first_axis_across():
     left, right = plots.planes({"a": law, "b": np.full(9, 1 / 9)}).axes
     assert left.images[0].get_array()[2, 0] == 1.0 and left.images[0].origin == "lower"
     assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 1)
+
+
+def test_bands_show_the_median_the_middle_and_the_worst():
+    values = np.arange(22.0).reshape(2, 11) + 1  # eleven images at two places
+    (axes,) = plots.bands({"a": (np.array([0, 1]), values)}, "t", "error").axes
+    median, worst = axes.lines
+    assert median.get_ydata().tolist() == [6.0, 17.0] and worst.get_ydata().tolist() == [11.0, 22.0]
+    (band,) = axes.collections
+    assert {2.0, 10.0, 13.0, 21.0} == set(band.get_paths()[0].vertices[:, 1].round(9))
+    assert axes.get_yscale() == "log" and axes.get_legend().get_texts()[0].get_text() == "a"
+
+
+def test_mixings_draw_a_law_and_a_deviation_each():
+    pixels = {"a": np.full(10, -0.99), "b": np.full(10, 0.51)}
+    left, right = plots.mixings(pixels, np.array([0.0, 1.0]), {"b": np.array([0.2, 0.4])}).axes
+    peaks = [patch.get_xy()[patch.get_xy()[:, 1].argmax(), 0] for patch in left.patches]
+    np.testing.assert_allclose(peaks, [-1.0, 0.5], atol=0.051)
+    (line,) = right.lines
+    assert line.get_ydata().tolist() == [0.2, 0.4] and line.get_color() == "C1"  # the colour it has on the left

@@ -29,3 +29,18 @@ def test_ipywidgets_is_imported_nowhere_else():
         imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
         names = {alias.name for n in imports for alias in n.names} | {getattr(n, "module", None) for n in imports}
         assert file.name == "widgets.py" or "ipywidgets" not in names
+
+
+def test_sliders_and_the_seed_button_redraw_with_what_is_chosen():
+    drawn = []
+    box = widgets.explore(lambda **chosen: drawn.append(chosen), 3, ρ=([1.0, 0.5, 0.0], 0.5), k=([0, 10], 10))
+    assert drawn[-1] == {"seed": 3, "ρ": 0.5, "k": 10}
+    head, sliders = box.children
+    button, shown = head.children
+    ρ, k = sliders.kwargs_widgets
+    ρ.value = 0.0
+    assert drawn[-1] == {"seed": 3, "ρ": 0.0, "k": 10}
+    button.click()
+    assert drawn[-1] == {"seed": 4, "ρ": 0.0, "k": 10} and shown.value == "seed 4"
+    k.value = 0
+    assert drawn[-1] == {"seed": 4, "ρ": 0.0, "k": 0}
