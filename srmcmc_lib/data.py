@@ -1,28 +1,22 @@
 """Observed examples by name, as one uint8 tensor [n, C, H, W], prepared once and cached."""
 
 import gzip
-import hashlib
 import lzma
-import os
-import warnings
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from . import paths
+from . import datasets, paths
 
-NAMES = ("fashion_mnist", "fashion_mnist_mini", "folder:PATH")
+NAMES = ("fashion_mnist", "fashion_mnist_mini", *datasets.FOLDERS, "folder:PATH")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MINI_TRAIN = 8_000  # of the 10,000 test images, all embedded; the last 2,000 are the mini set's test split
 EMBEDDED_TRAIN = 40_000  # the first training images, embedded as well: as many as the paper takes of each data set
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist puts the idx files
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split: str = "train") -> Tensor:
@@ -32,14 +26,19 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
         name: "fashion_mnist" (embedded: the first 40,000 training images and the 10,000 test images; the other 20,000
             from the original idx files in `data/`, from Debian's dataset-fashion-mnist, or downloaded by
             torchvision), "fashion_mnist_mini" (the 10,000 test images again, the first 8,000 as "train" and the
-            others as "test"), or "folder:PATH" (any tree of images;
-            `PATH/train` and `PATH/test` are its splits where they exist; without `PATH/train`, all of PATH but
-            `PATH/test` is "train").
+            others as "test"), "cifar10", "celeba" or "lsun_bedroom" (the paper's, from `data/`; a message says where
+            to get them), or "folder:PATH" (any tree of images; `PATH/train` and `PATH/test` are its splits where they
+            exist; without `PATH/train`, all of PATH but `PATH/test` is "train").
         image_size: H = W in pixels, 4 … 1024. Fashion-MNIST's 28×28 is padded with black to 32 (never stretched) and
-            left alone at 28; folders are centre-cropped to a square and resized.
-        limit: the first `limit` images (the paper: 40,000 of each data set), in a folder those of the first `limit`
-            files by path; None for all.
-        split: "train" or "test".
+            left alone at 28. CIFAR-10 is left alone at 32. CelebA's aligned 178×218 is cropped to the central
+            140×140, LSUN to the central square. Resized by torchvision's default, bilinear with antialiasing; folders
+            are centre-cropped to a square and resized by Lanczos' filter.
+        limit: how many images (the paper: 40,000 of each data set), or all where there are fewer; None for all. Of
+            Fashion-MNIST the first, in a folder those of the first files by path; of cifar10, celeba and lsun_bedroom
+            the first in the order torch.randperm(N), seed 0, over the N images of the split as torchvision orders
+            them (which of its images the paper took is unknown).
+        split: "train" or "test"; "test" is CelebA's test partition and LSUN's val (300 images), the only one with
+            bedrooms alone.
 
     Returns:
         uint8 [n, C, image_size, image_size]; C = 1 where all images are grey, otherwise 3.
@@ -47,6 +46,7 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
     Raises:
         ValueError: an unknown name or split, a size or limit out of range, a damaged file, no readable image.
         FileNotFoundError: the data set is not here; the message says how to get it.
+        ImportError: lsun_bedroom without the package lmdb.
     """
     if not isinstance(image_size, int) or not 4 <= image_size <= 1024:
         raise ValueError(f"image_size must be an integer in 4 … 1024, got {image_size!r}")
@@ -55,7 +55,9 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'")
     if name.startswith("folder:"):
-        images = _folder(name.removeprefix("folder:"), image_size, limit, split)
+        images = datasets.folder(name.removeprefix("folder:"), image_size, limit, split)
+    elif name in datasets.FOLDERS:
+        images = datasets.paper(name, image_size, limit, split)
     elif name in NAMES:
         images = _fit(torch.from_numpy(_fashion(name, split, "images", limit)), image_size)
     else:
@@ -103,7 +105,7 @@ def _fit(images: Tensor, size: int) -> Tensor:
 
 
 def _fashion(name: str, split: str, kind: str, limit: int | None) -> np.ndarray:
-    """The first `limit` images [n, 28, 28] or labels [n] of a split, read from the embedded or the original idx files."""
+    """The first `limit` images [n, 28, 28] or labels [n] of a split, from the embedded or the original idx files."""
     if name not in ("fashion_mnist", "fashion_mnist_mini"):
         raise ValueError(f"{name!r} is not a Fashion-MNIST set; only those have labels here")
     mini, idx = name == "fashion_mnist_mini", f"{kind}-idx{3 if kind == 'images' else 1}-ubyte"
@@ -152,59 +154,3 @@ def _read_idx(file: Path) -> np.ndarray:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it and fetch it again") from error
-
-
-def _folder(path: str, size: int, limit: int | None, split: str) -> Tensor:
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"folder:{path} names no folder ({root.absolute()}); give the folder that holds images")
-    held_out = root / "test"  # never trained on, also where the training images lie loose beside it
-    if (root / split).is_dir():
-        root /= split
-    elif split == "test":
-        raise FileNotFoundError(f"folder:{path} has no test split; put held-out images in {held_out}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    files = [p for p in files if split == "test" or held_out not in p.parents][:limit]
-    if not files:
-        raise ValueError(f"folder:{path} holds no image file ({', '.join(sorted(SUFFIXES))})")
-    stamp = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((str(root.resolve()), size, stamp)).encode()).hexdigest()[:16]
-    images, unreadable = _cached(f"{root.resolve().name}-{size}-{key}", lambda: _read_folder(files, size))
-    if len(unreadable):
-        some = ", ".join(unreadable[:5]) + (" …" if len(unreadable) > 5 else "")
-        warnings.warn(f"{len(unreadable)} of {len(files)} image files could not be read: {some}", stacklevel=3)
-    return torch.from_numpy(images)
-
-
-def _read_folder(files: list[Path], size: int) -> tuple[np.ndarray, list[str]]:
-    """The images, uint8 [n, C, size, size], and the files that could not be read."""
-    pixels, unreadable, grey = [], [], True
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image.load()
-                grey = grey and image.mode in ("1", "L", "LA", "I;16")
-                if image.mode == "I;16":  # 16-bit grey: Pillow's conversion would clip instead of scaling
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                pixels.append(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
-            unreadable.append(str(file))
-    if not pixels:
-        raise ValueError(f"none of the {len(files)} image files could be read, e.g. {files[0]}")
-    stack = np.stack(pixels).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(stack[:, :1] if grey else stack), unreadable
-
-
-def _cached(key: str, prepare: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
-    """What is stored under key, prepared on the first call; written aside and renamed, so never half there."""
-    file = paths.cache() / f"{key}.npz"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        images, unreadable = prepare()
-        aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-        with aside.open("wb") as f:
-            np.savez(f, images=images, unreadable=np.array(unreadable, dtype=str))
-        aside.replace(file)
-    with np.load(file) as stored:
-        return stored["images"], stored["unreadable"].tolist()
