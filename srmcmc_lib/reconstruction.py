@@ -1,8 +1,9 @@
 """Reconstruction: the z that the chain turns into a given image, z* = argmin ‖x − M_θ(z, u)‖² (figures 4 and 8)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -21,8 +22,8 @@ class Reconstruction:
     Attributes:
         z: the best initial state seen, [B, C, H, W].
         x: the reconstruction M_θ(z, u), [B, C, H, W].
-        errors: mean squared error per pixel of M_θ(z_t, u), t = 0 … iterations, [iterations + 1, B]. It need not
-            fall at every step; x has the column's minimum.
+        errors: mean squared error per pixel of M_θ(z_t, u), t = 0 … iterations, [iterations + 1, B], over the pixels
+            that the mask leaves. It need not fall at every step; x has the column's minimum.
         restart: the index of the restart that each image's z and errors come from, [B].
         states: M_θ(z_t, u) at the iterations asked for by `keep`, [len(keep), B, C, H, W] (figure 4).
     """
@@ -44,7 +45,7 @@ def per_image(numbers: Tensor) -> Tensor:
     return numbers.view(-1, 1, 1, 1)
 
 
-def residual_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def residual_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None, mask=1.0) -> tuple[Tensor, Tensor]:
     """M_θ(z, u), and L'(z) = 2(M_θ(z, u) − x): exact where ∂M/∂z = I, a fixed-point iteration's step elsewhere.
 
     Each step of the chain has the Jacobian I + s·f''. A piecewise-linear f has f'' = 0 almost everywhere, so their
@@ -52,10 +53,10 @@ def residual_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -
     """
     for state in langevin_chain(f, z, kernel, U):
         pass
-    return state.x, 2 * (state.x - x)
+    return state.x, 2 * mask * (state.x - x)
 
 
-def chain_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def chain_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None, mask=1.0) -> tuple[Tensor, Tensor]:
     """M_θ(z, u), and L'(z) = (∂M/∂z)ᵀ 2(M_θ(z, u) − x) by differentiating through the K steps.
 
     Checkpointing by hand. Forward, only every √K-th state is stored; backward, each segment's states are computed
@@ -68,13 +69,23 @@ def chain_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None) -> t
     for k, state in enumerate(langevin_chain(f, z, kernel, U)):
         if k % length == 0 and k < K:
             starts[k] = state.x
-    v = 2 * (state.x - x)
+    v = 2 * mask * (state.x - x)
     for k in reversed(list(starts)):
         segment = replace(kernel, steps=min(length, K - k))
         states = [each.x for each in langevin_chain(f, starts.pop(k), segment, U[k:] if U is not None else None)][:-1]
         while states:
             v = v + s * hessian_product(f, states.pop(), v)
     return state.x, v
+
+
+def jacobian_product(f, kernel, z: Tensor, v: Tensor, U: Iterable[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """M_θ(z, u), and (∂M/∂z) v for each image, exactly: v ← v + s·f''(x_k) v along the chain. No graph is kept.
+
+    (∂M/∂z)ᵀ v is what `chain_gradient` applies, from the last step to the first.
+    """
+    for state, following in pairwise(langevin_chain(f, z, kernel, U)):
+        v = v + kernel.step_size * hessian_product(f, state.x, v)
+    return following.x, v
 
 
 def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
@@ -90,13 +101,13 @@ def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
 GRADIENTS = {"auto": residual_gradient, "chain": chain_gradient}
 
 
-def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, gradient, keep: Sequence[int]):
+def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float], step: Step, gradient, keep):
     """One run from z: the best z and M_θ(z, u) of each image, the errors [iterations + 1, B], the states kept."""
     best_z = best_M = z
     best, errors, states = x.new_full(x.shape[:1], math.inf), [], {}
     for t, η in enumerate(etas):
-        M, dL_dz = gradient(f, kernel, x, z, U)
-        error = (M - x).square().flatten(1).mean(1)
+        M, dL_dz = gradient(f, kernel, x, z, U, mask)
+        error = (mask * (M - x).square()).flatten(1).sum(1) / mask.flatten(1).sum(1)
         error = error.nan_to_num(math.inf, math.inf)  # an image that left the finite numbers must not stop the others
         better = per_image(error < best)
         best_z, best_M, best = torch.where(better, z, best_z), torch.where(better, M, best_M), best.minimum(error)
@@ -111,6 +122,7 @@ def descend(f, kernel, x: Tensor, z: Tensor, U, etas: list[float], step: Step, g
 def reconstruct(
     model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str = "cosine",
     optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int = 0, u=None, keep: Sequence[int] = (),
+    mask: Tensor | None = None,
 ) -> Reconstruction:  # fmt: skip
     """z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖², from z_0 ~ p_0; see `ShortRun.reconstruct`."""
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
@@ -133,6 +145,12 @@ def reconstruct(
         raise ValueError(f"x must hold floating-point images in {list(model.value_range)}, got {x.dtype}")
     f, kernel = model.f, model.kernel
     x = model._checked(x, "x").to(next(f.parameters(), x).dtype)
+    mask = torch.ones_like(x) if mask is None else torch.as_tensor(mask).to(x)
+    if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+        raise ValueError(f"mask must broadcast to x, {list(x.shape)}, got {list(mask.shape)}")
+    mask = mask.expand_as(x)
+    if not ((mask == 0) | (mask == 1)).all() or not mask.flatten(1).any(1).all():
+        raise ValueError("mask must hold 1 where a pixel counts and 0 where not, and leave each image at least one")
     U = model._noise(u, len(x))
     U = None if U is None else list(U)
     etas = [eta * SCHEDULES[schedule](t / iterations) for t in range(iterations + 1)]
@@ -142,7 +160,7 @@ def reconstruct(
     found, restart = None, torch.zeros(len(x), dtype=torch.long, device=x.device)
     for r in range(restarts):
         z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
-        new = descend(f, kernel, x, z, U, etas, build(), GRADIENTS[gradient], keep)
+        new = descend(f, kernel, x, mask, z, U, etas, build(), GRADIENTS[gradient], keep)
         if found is None:
             found = new
             continue

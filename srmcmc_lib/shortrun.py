@@ -146,7 +146,7 @@ class ShortRun:
     def reconstruct(
         self, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str = "cosine",
         optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int | Generator = 0, u: Noise = None,
-        keep: Sequence[int] = (),
+        keep: Sequence[int] = (), mask: Tensor | None = None,
     ) -> Reconstruction:  # fmt: skip
         """The z whose image M_θ(z, u) is nearest to x: z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖² (figure 4).
 
@@ -167,6 +167,7 @@ class ShortRun:
             seed: draws every z_0.
             u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
             keep: iterations whose M_θ(z_t, u) to return as `states`.
+            mask: 1 where a pixel of x counts, 0 where it is unknown (inpainting); broadcasts to x. None: all count.
 
         Returns:
             a frozen record with z, x, errors [T + 1, B] (mean squared error per pixel), restart and states.
@@ -175,7 +176,7 @@ class ShortRun:
             ValueError: x of another shape, with NaN or not floating point; numbers out of range; unknown names.
             FloatingPointError: an image whose chain leaves the finite numbers at every iteration.
         """
-        return reconstruct(self, x, iterations, eta, schedule, optimizer, gradient, restarts, seed, u, keep)
+        return reconstruct(self, x, iterations, eta, schedule, optimizer, gradient, restarts, seed, u, keep, mask)
 
     def with_steps(self, steps: int) -> "ShortRun":
         """The same network and prior with another K: for K at evaluation ≠ K at training."""

@@ -10,7 +10,7 @@ from torch import nn
 from srmcmc_lib import EnergyNet, Langevin, ShortRun
 from srmcmc_lib.descent import OPTIMIZERS, adam, lbfgs
 from srmcmc_lib.langevin import langevin_chain
-from srmcmc_lib.reconstruction import chain_gradient, residual_gradient
+from srmcmc_lib.reconstruction import chain_gradient, jacobian_product, residual_gradient
 
 SHAPE = (1, 8, 8)
 
@@ -82,6 +82,31 @@ def test_chain_gradient_equals_finite_differences():
 
     slope = (chain_gradient(model.f, model.kernel, x, z, None)[1] * v).sum()
     torch.testing.assert_close(slope, (L(1e-5) - L(-1e-5)) / 2e-5, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_jacobian_product_equals_torchs_own_and_is_the_adjoint_of_the_chain_gradient(noisy):
+    model = tiny("silu", 5, gain=2.0, dtype=torch.float64)
+    _, z, U = problem(model, noisy)
+    v, w = torch.randn_like(z), torch.randn_like(z)
+
+    def M(z):
+        for k in range(5):
+            df_dx = torch.autograd.grad(model.f(z).sum(), z, create_graph=True)[0]
+            z = z + df_dx + (model.kernel.noise * U[k] if U is not None else 0.0)
+        return z
+
+    M_z, Jv = jacobian_product(model.f, model.kernel, z, v, U)
+    expected = torch.autograd.functional.jvp(M, z, v)
+    torch.testing.assert_close((M_z, Jv), expected, rtol=1e-12, atol=1e-12)
+    _, Jᵀw = chain_gradient(model.f, model.kernel, M_z - w / 2, z, U)
+    torch.testing.assert_close((w * Jv).sum((1, 2, 3)), (Jᵀw * v).sum((1, 2, 3)), rtol=1e-11, atol=0)
+
+
+def test_the_jacobian_of_a_piecewise_linear_chain_is_the_identity():
+    model = tiny(gain=1.5)
+    z, v = model.draw_z(3, 1), torch.randn(3, *SHAPE)
+    assert torch.equal(jacobian_product(model.f, model.kernel, z, v)[1], v)
 
 
 class Linear(nn.Module):
@@ -241,6 +266,31 @@ def test_each_image_keeps_its_best_restart():
     torch.testing.assert_close((rec.states[0] - x).square().mean(dim=(1, 2, 3)), rec.errors[3])
 
 
+@pytest.mark.parametrize("gradient", ["auto", "chain"])
+def test_masked_pixels_are_free(gradient):
+    model, x = tiny("silu", gain=1.5), targets()
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    other = torch.where(mask > 0, x, -x)
+    a, b = (model.reconstruct(images, 30, gradient=gradient, mask=mask) for images in (x, other))
+    assert torch.equal(a.z, b.z)
+    seen = (a.x - x).square()[..., :4, :].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(a.error, seen)
+    assert (a.error < a.errors[0] / 20).all()
+    if gradient == "auto":  # with the Jacobian taken as I, z stays a draw of p_0 where nothing is asked of x
+        assert torch.equal(a.z[..., 4:, :], model.draw_z(3, 0)[..., 4:, :])
+
+
+def test_each_image_may_have_its_own_mask():
+    model, x = tiny(gain=1.5), targets()
+    mask = torch.ones(3, 1, 8, 8)
+    mask[1, :, :4] = 0
+    rec = model.reconstruct(x, 4, mask=mask, restarts=2)
+    for part in ([0, 2], [1]):
+        alone = model.reconstruct(x, 4, mask=mask[part[0]], restarts=2)
+        torch.testing.assert_close(rec.z[part], alone.z[part], rtol=1e-4, atol=1e-4)
+
+
 def test_seeds_and_noise():
     model, x = tiny(noise=0.1), targets()
     rec = model.reconstruct(x, 3, seed=1, u=2)
@@ -282,6 +332,10 @@ def test_the_record_is_frozen_and_the_parameters_stay_trainable():
         (dict(x=targets()[0]), "x must have the shape"),
         (dict(x=targets()[..., :4]), "x must have the shape"),
         (dict(x=targets() * float("nan")), "x contains NaN"),
+        (dict(mask=torch.ones(3, 8)), "mask must broadcast to x"),
+        (dict(mask=torch.ones(1, 3, 1, 8, 8)), "mask must broadcast to x"),
+        (dict(mask=torch.full((8, 8), 0.5)), "mask must hold 1 where a pixel counts and 0"),
+        (dict(mask=torch.zeros(8, 8)), "leave each image at least one"),
         (dict(x=targets().byte()), "x must hold floating-point images"),
     ],
 )
