@@ -271,6 +271,19 @@ def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[st
     return figure
 
 
+def spectrum(eigenvalues: np.ndarray, singular: np.ndarray) -> Figure:
+    """Left a matrix's eigenvalues in the complex plane, right its singular values, largest first."""
+    figure, (left, right) = _subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot(eigenvalues.real, eigenvalues.imag, ".", ms=3, alpha=0.6)
+    left.axvline(0, color="k", lw=0.6)
+    left.axvline(1, color="k", lw=0.6, ls=":")
+    left.set(xlabel="Re λ", ylabel="Im λ", title="eigenvalues")
+    right.semilogy(np.sort(singular)[::-1])
+    right.axhline(1, color="k", lw=0.6, ls=":")
+    right.set(xlabel="number", ylabel="σ", title="singular values")
+    return figure
+
+
 def save(figure: Figure, notebook: str, name: str) -> Figure:
     """Writes figures/<notebook>/<name>.png and .pdf (no dates, so bytes repeat); returns the figure, to be shown."""
     folder = paths.figures() / notebook
