@@ -1,0 +1,156 @@
+"""Metric against time: the authors' recipe, our recipe, and each idea of ours alone.
+
+    python benchmarks/time_to_quality.py            # runs every arm (more than an hour on one core), then the table
+    python benchmarks/time_to_quality.py grow       # one arm
+    python benchmarks/time_to_quality.py --table    # the table from the rows that were written so far
+
+Every arm learns from the same 40,000 images with the same network; the clock is the processor time of this process, on
+one thread, without the measuring. The metric is classifier_frechet of 1,000 samples against the training images;
+images that are not 32×32 are resized for the classifier, observed ones likewise. Rows go to
+.cache/time_to_quality.csv as they come; an arm that is run again replaces its rows.
+"""
+
+import argparse
+import csv
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, observed, paths, train
+from srmcmc_lib.data import to_float, to_uint8
+from srmcmc_lib.metrics import embed, scores
+from srmcmc_lib.recipes import grow
+
+AUTHORS = {"steps": 100, "rate": 1e-4, "sigma": 0.03}  # constant Adam, m = 64, no averaging
+LOWERED = {"rate": 3e-4, "rate_final": 2e-5, "lower_from": 0.0}
+# arm: its stages, each TrainConfig's settings and K; `updates` are those of --scale 1
+ARMS = {
+    "authors": [{**AUTHORS, "updates": 3000}],  # through plain_train below
+    "loop": [{**AUTHORS, "updates": 1200}],  # the same recipe through this library's loop
+    "schedule": [{**AUTHORS, **LOWERED, "updates": 1200}],
+    "sigma": [{**AUTHORS, "sigma": 0.1, "sigma_final": 0.03, "lower_from": 0.0, "updates": 1200}],
+    "batch": [{**AUTHORS, "batch_size": 16, "updates": 2000}, {**AUTHORS, "batch_size": 64, "updates": 500}],
+    "short": [{"steps": 30, "rate": 1e-4, "sigma": 0.06, "updates": 4000}],
+    "grow": [
+        {"steps": 30, "rate": 1e-4, "sigma": 0.06, "updates": 2400},
+        {**AUTHORS, "updates": 500},
+    ],
+    "ours": [
+        {"steps": 30, "rate": 2e-4, "rate_final": 5e-5, "lower_from": 0.0, "sigma": 0.06, "updates": 2400},
+        {**AUTHORS, "rate_final": 1e-5, "lower_from": 0.2, "updates": 500},
+    ],
+}
+FILE = paths.cache() / "time_to_quality.csv"
+COLUMNS = ("arm", "K", "updates", "seconds", "theta", "average")
+
+
+def plain_train(model, images, config):
+    """Algorithm 1 as one writes it first: θ needs gradients during the chain, default memory layout, no schedules."""
+    f = model.f.to(memory_format=torch.contiguous_format)
+    f.forward = lambda x: f.layers(x).flatten()  # without the conversion to channels_last
+    adam = torch.optim.Adam(f.parameters(), lr=config.rate)
+    observed_images = to_float(images)
+    for _ in range(config.updates):
+        x_plus = observed_images[torch.randint(len(images), (config.batch_size,))]
+        x_plus = x_plus + config.sigma * torch.randn_like(x_plus)
+        x = (2 * torch.rand_like(x_plus) - 1).requires_grad_()
+        for _ in range(model.kernel.steps):
+            df_dx = torch.autograd.grad(f(x).sum(), x, retain_graph=True)[0]
+            x = (x + model.kernel.step_size * df_dx + model.kernel.noise * torch.randn_like(x)).detach()
+            x.requires_grad_()
+        loss = f(x.detach()).mean() - f(x_plus).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        yield None
+
+
+def measured(model, f, reference, samples, size) -> float:
+    """classifier_frechet of `samples` samples of the model with the network f."""
+    model = ShortRun(f, model.kernel)
+    x = model.sample(samples, seed=0)
+    return scores(embed(to_uint8(F.interpolate(x, (32, 32), mode="bilinear"))), reference)["classifier_frechet"]
+
+
+def run(arm: str, args) -> list[dict]:
+    images = observed("fashion_mnist", args.image_size)
+    shown = F.interpolate(to_float(images), (32, 32), mode="bilinear") if args.image_size != 32 else to_float(images)
+    reference = embed(to_uint8(shown))
+    rows, seconds, done, model = [], 0.0, 0, None
+    torch.manual_seed(args.seed)
+    for stage in ARMS[arm]:
+        settings = {k: v for k, v in stage.items() if k != "steps"}
+        updates = max(1, round(stage["updates"] * args.scale))
+        config = TrainConfig(**{**settings, "updates": updates}, seed=args.seed, progress=False)
+        if model is None:
+            model = ShortRun(EnergyNet(1, args.image_size, args.width), Langevin(stage["steps"]))
+        else:
+            model = grow(model, stage["steps"])
+        average = AveragedModel(model.f, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        learning = plain_train(model, images, config) if arm == "authors" else train(model, images, config)
+        started = time.process_time()
+        for step, _ in enumerate(learning, start=1):
+            average.update_parameters(model.f)  # its cost is in the clock of every arm
+            if step % max(1, round(args.every * updates)) == 0 or step == updates:
+                seconds += time.process_time() - started
+                values = [
+                    measured(model, f, reference, args.samples, args.image_size) for f in (model.f, average.module)
+                ]
+                row = (arm, stage["steps"], done + step, round(seconds, 1), *(round(v, 2) for v in values))
+                rows.append(dict(zip(COLUMNS, row, strict=True)))
+                print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+                started = time.process_time()
+        done += updates
+    return rows
+
+
+def table(rows: list[dict]) -> None:
+    """Each arm's best value, and when the authors' recipe and our whole recipe first reached it."""
+    arms: dict[str, list[dict]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
+
+    def value(row):
+        return float(row["theta"] if row["arm"] == "authors" else min(row["theta"], row["average"], key=float))
+
+    def reached(arm, target):
+        hits = [float(row["seconds"]) for row in arms.get(arm, ()) if value(row) <= target]
+        return min(hits) if hits else None
+
+    print(f"{'arm':10}{'updates':>8}{'seconds':>9}{'best':>9}{'authors reach it after':>26}")
+    for arm, mine in arms.items():
+        best = min(mine, key=value)
+        then = reached("authors", value(best))
+        last = max((float(row["seconds"]) for row in arms.get("authors", ())), default=0.0)
+        answer = f"{then:.0f} s = {then / float(best['seconds']):.1f} ×" if then else f"not in {last:.0f} s"
+        print(f"{arm:10}{best['updates']:>8}{best['seconds']:>9}{value(best):9.1f}{answer:>26}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; none: all")
+    parser.add_argument(
+        "--image-size", type=int, default=16, help="16 learns in minutes; 32 is the flagship's, in hours"
+    )
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=1_000)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every arm's updates")
+    parser.add_argument("--every", type=float, default=0.125, help="measure after this fraction of a stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"unknown arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    old = list(csv.DictReader(FILE.open())) if FILE.exists() else []
+    for arm in [] if args.table else args.arms or ARMS:
+        new = run(arm, args)
+        old = [row for row in old if row["arm"] != arm] + new
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        with FILE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(old)
+    table(old)
