@@ -260,11 +260,12 @@ def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[st
     """Left the law of one pixel of z_ρ by label, right the standard deviation of z_ρ against ρ [R] by label."""
     figure, (left, right) = _subplots(1, 2, figsize=(9, 3), layout="constrained")
     bins = np.linspace(-1.5, 1.5, 61)
+    dashes = ["-", "-", "-", "--"]  # the paper's rule and the spherical one lie on each other
     for i, (label, values) in enumerate(pixels.items()):
-        left.hist(values, bins, density=True, histtype="step", lw=1.5, color=f"C{i}", label=label)
+        left.hist(values, bins, density=True, histtype="step", lw=1.5, color=f"C{i}", ls=dashes[i % 4], label=label)
     for label, values in deviations.items():
         i = list(pixels).index(label)
-        right.plot(rhos, values, color=f"C{i}", lw=1.5, ls=["-", "-", "-", "--"][i % 4], label=label)
+        right.plot(rhos, values, color=f"C{i}", lw=1.5, ls=dashes[i % 4], label=label)
     left.set(xlabel="a pixel of z", ylabel="density", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel="ρ", ylabel="standard deviation", ylim=(0, None))
