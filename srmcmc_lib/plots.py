@@ -130,6 +130,19 @@ def distance_histogram(distances: dict[str, Tensor]) -> Figure:
     return figure
 
 
+def class_histogram(shares: dict[str, Tensor], names: Sequence[str]) -> Figure:
+    """The share of each class [classes] by group, as bars side by side; 3 % is dotted."""
+    figure, ax = _subplots(figsize=(7, 2.4), layout="constrained")
+    width = 0.8 / len(shares)
+    for i, (group, share) in enumerate(shares.items()):
+        ax.bar(np.arange(len(names)) + (i - (len(shares) - 1) / 2) * width, share.cpu().numpy(), width, label=group)
+    ax.axhline(0.03, color="grey", linestyle=":", linewidth=1)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    ax.set_ylabel("share")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def laws(x: np.ndarray, laws: dict[str, tuple[str, np.ndarray]], h: np.ndarray) -> Figure:
     """Laws on the line as densities, and their moments E[h] to the right.
 
@@ -269,19 +282,6 @@ def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[st
     left.set(xlabel="a pixel of z", ylabel="density", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel="ρ", ylabel="standard deviation", ylim=(0, None))
-    return figure
-
-
-def spectrum(eigenvalues: np.ndarray, singular: np.ndarray) -> Figure:
-    """Left a matrix's eigenvalues in the complex plane, right its singular values, largest first."""
-    figure, (left, right) = _subplots(1, 2, figsize=(9, 3), layout="constrained")
-    left.plot(eigenvalues.real, eigenvalues.imag, ".", ms=3, alpha=0.6)
-    left.axvline(0, color="k", lw=0.6)
-    left.axvline(1, color="k", lw=0.6, ls=":")
-    left.set(xlabel="Re λ", ylabel="Im λ", title="eigenvalues")
-    right.semilogy(np.sort(singular)[::-1])
-    right.axhline(1, color="k", lw=0.6, ls=":")
-    right.set(xlabel="number", ylabel="σ", title="singular values")
     return figure
 
 

@@ -130,9 +130,3 @@ def test_mixings_draw_a_law_and_a_deviation_each():
     np.testing.assert_allclose(peaks, [-1.0, 0.5], atol=0.051)
     (line,) = right.lines
     assert line.get_ydata().tolist() == [0.2, 0.4] and line.get_color() == "C1"  # the colour it has on the left
-
-
-def test_spectrum_shows_every_value():
-    left, right = plots.spectrum(np.array([1 + 2j, 1 - 2j, -0.5]), np.array([0.1, 3.0, 1.0])).axes
-    assert left.lines[0].get_xydata().tolist() == [[1.0, 2.0], [1.0, -2.0], [-0.5, 0.0]]
-    assert right.lines[0].get_ydata().tolist() == [3.0, 1.0, 0.1] and right.get_yscale() == "log"
