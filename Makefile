@@ -1,7 +1,7 @@
 # `make` alone prints what there is to make.
 PROFILE ?= cpu
 CORES ?= 1
-CELL_TIMEOUT ?= 3600
+CELL_TIMEOUT ?=
 
 # An active virtual environment, or a conda environment named srmcmc, is used as it is. Otherwise .venv is made from
 # requirements.lock; its stamp is written last, so that an interrupted installation doesn't look finished.
@@ -34,13 +34,13 @@ help:
 	@echo 'make lock       renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
 	@echo
 	@echo 'Python: an active virtual environment, or a conda environment named srmcmc, as it is; otherwise .venv, made'
-	@echo 'from requirements.lock when first needed. CELL_TIMEOUT=3600 is the limit of one cell in seconds.'
+	@echo 'from requirements.lock when first needed. CELL_TIMEOUT is the limit of one cell in seconds.'
 
 # --nolock: a killed run must not block the next; two at once are safe, for the runner writes aside and renames.
 figures: $(ENV)
 	@"$(PYTHON)" -m srmcmc_lib.runner --check --profile "profiles/$(PROFILE).yaml"
 	"$(PYTHON)" -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all \
-	  --config profile="$(PROFILE)" cell_timeout=$(CELL_TIMEOUT)
+	  --config profile="$(PROFILE)" $(if $(CELL_TIMEOUT),cell_timeout=$(CELL_TIMEOUT))
 	@echo 'The figures of profile $(PROFILE) are up to date.'
 
 test: EXTRA := test
@@ -56,7 +56,7 @@ lab: $(ENV)
 	"$(PYTHON)" -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 notebooks: $(ENV)
-	"$(PYTHON)" -m srmcmc_lib.runner --in-place --cell-timeout $(CELL_TIMEOUT) notebooks/*.ipynb
+	"$(PYTHON)" -m srmcmc_lib.runner --in-place --cell-timeout $(or $(CELL_TIMEOUT),3600) notebooks/*.ipynb
 
 lock:
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }

@@ -1,4 +1,4 @@
-# The graph behind `make figures`: one job a notebook listed in profiles/<profile>.yaml.
+# The graph behind `make figures`: one job an entry of profiles/<profile>.yaml, and a page with all their figures.
 import json
 import os
 import shlex
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)  # the library of this checkout, installed or not
-from srmcmc_lib import profiles, runner
+from srmcmc_lib import gallery, profiles, runner
 
 PROFILE = Path("profiles") / f"{config.get('profile', runner.DEFAULT_PROFILE)}.yaml"
 NOTEBOOKS = Path("notebooks")
@@ -20,34 +20,73 @@ LIMITS = [(limit, os.environ.get(limit)) for limit in (*LIMITS, "VECLIB_MAXIMUM_
 ENV = " ".join(f"-u {k}" for k, v in LIMITS if v is None) + "".join(f" {shlex.quote(f'{k}={v}')}" for k, v in LIMITS if v)
 
 profiles.check(PROFILE, NOTEBOOKS)
-PLANS = {name: profiles.planned(NOTEBOOKS / f"{name}.ipynb", PROFILE) for name in profiles.read_profile(PROFILE)}
-for name, plan in PLANS.items():  # a stamp without the figures it stands for is worth nothing
-    manifest = runner.target(Path(name), PROFILE) / "manifest.json"
+RESOURCES = profiles.resources(PROFILE)
+try:
+    CORES = workflow.cores  # all of this machine: one notebook at a time
+except WorkflowError:  # on a cluster --cores is not given
+    CORES = RESOURCES["cpus"]
+PLANS, COMMANDS, TRAINED = {}, {}, {}
+for entry in profiles.read_profile(PROFILE):
+    name, variant = profiles.split(entry)
+    notebook = NOTEBOOKS / f"{name}.ipynb"
+    plan = PLANS[entry] = profiles.planned(notebook, PROFILE, variant=variant)
+    COMMANDS[entry] = f"{shlex.quote(str(notebook))} --profile {PROFILE}" + (f" --variant {variant}" if variant else "")
+    if plan["parameters"].get("save_as"):
+        TRAINED[plan["parameters"]["save_as"]] = entry
+    # a stamp without the figures it stands for is worth nothing
+    manifest = runner.target(notebook, PROFILE, variant=variant) / "manifest.json"
     made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     if any(made.get(key) != value for key, value in plan.items()):
-        (STAMPS / f"{name}.done").unlink(missing_ok=True)
+        (STAMPS / f"{entry}.done").unlink(missing_ok=True)
+
+
+def trained_before(wildcards):
+    """The entry that trains the checkpoint which this one loads."""
+    trained = TRAINED.get(PLANS[wildcards.entry]["parameters"].get("checkpoint"))
+    return [str(STAMPS / f"{trained}.done")] if trained else []
 
 
 rule all:
     input:
-        expand(str(STAMPS / "{name}.done"), name=PLANS),
+        expand(str(STAMPS / "{entry}.done"), entry=PLANS),
+        str(gallery.page(PROFILE)),
+
+
+localrules:
+    all,
+    page,
+
+
+rule page:
+    input:
+        expand(str(STAMPS / "{entry}.done"), entry=PLANS),
+    output:
+        str(gallery.page(PROFILE)),
+    run:
+        gallery.write(PROFILE)
 
 
 rule notebook:
     input:
-        # ancient: a notebook whose outputs changed is the same notebook; its cells count, through params.plan
-        notebook=ancient(str(NOTEBOOKS / "{name}.ipynb")),
-        library=sorted(str(p) for p in Path("srmcmc_lib").glob("*.py") if p.name not in ("runner.py", "profiles.py")),
+        # the notebook is none: one whose outputs changed is the same, and its cells count through params.plan
+        model=trained_before,
+        library=sorted(str(p) for p in Path("srmcmc_lib").glob("*.py") if p.stem not in ("runner", "profiles", "gallery")),
         models=sorted(str(p) for p in Path("srmcmc_lib/pretrained").glob("*.*")),
     output:
-        touch(str(STAMPS / "{name}.done")),
+        touch(str(STAMPS / "{entry}.done")),
+    wildcard_constraints:
+        entry="[^/]+",
     params:
-        plan=lambda wildcards: json.dumps(PLANS[wildcards.name], sort_keys=True),
+        plan=lambda wildcards: json.dumps(PLANS[wildcards.entry], sort_keys=True),
+        command=lambda wildcards: COMMANDS[wildcards.entry],
         python=sys.executable,
-        profile=str(PROFILE),
-        timeout=config.get("cell_timeout", 3600),
+        timeout=config.get("cell_timeout", 60 * RESOURCES["runtime"]),
         env=ENV,
-    threads: workflow.cores  # one notebook at a time
+    threads: CORES
+    resources:  # for a cluster; runs on this machine ignore them
+        gpu=RESOURCES["gpu"],
+        gpu_manufacturer="nvidia",  # Kubernetes wants to know
+        mem_mb=RESOURCES["mem_mb"],
+        runtime=RESOURCES["runtime"],
     shell:
-        "env {params.env} {params.python:q} -m srmcmc_lib.runner {input.notebook:q} --profile {params.profile:q}"
-        " --cell-timeout {params.timeout}"
+        "env {params.env} {params.python:q} -m srmcmc_lib.runner {params.command} --cell-timeout {params.timeout}"

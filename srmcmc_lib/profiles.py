@@ -25,12 +25,45 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+RESOURCES = {"gpu": 0, "cpus": 2, "mem_mb": 8000, "runtime": 60}  # of one job, for a cluster; runtime in minutes
+_VARIANT = re.compile(r"[A-Za-z0-9][\w.-]*$", re.ASCII)
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
+def split(entry: str) -> tuple[str, str]:
+    """The notebook's name and the variant ("" without one) of an entry NOTEBOOK or NOTEBOOK@VARIANT."""
+    notebook, _, variant = entry.partition("@")
+    return notebook, variant
+
+
+def join(notebook: Path, variant: str = "") -> str:
+    """The entry of a notebook's variant; also the name of its folder of figures."""
+    return f"{notebook.stem}@{variant}" if variant else notebook.stem
+
+
 def read_profile(profile: Path) -> dict[str, dict]:
-    """Notebook name → the parameters that differ from the notebook's defaults."""
+    """Entry → the parameters that differ from the notebook's defaults.
+
+    An entry is a notebook's name, or NOTEBOOK@VARIANT, so that a profile can run one notebook several times.
+    """
+    return {entry: values for entry, values in _read(profile).items() if entry != "resources"}
+
+
+def resources(profile: Path) -> dict[str, int]:
+    """What one job of this profile asks a cluster for (RESOURCES, then the profile's `resources`); runs on this
+    machine ignore all but runtime, the limit of one cell too."""
+    given = _read(profile).get("resources", {})
+    for name, value in given.items():
+        if name not in RESOURCES:
+            raise ProfileError(f"{profile}: resources: {name} is unknown{_nearest(str(name), RESOURCES)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name != "gpu"):
+            raise ProfileError(f"{profile}: resources: {name}={value!r} must be a whole number of at least "
+                               f"{int(name != 'gpu')}")  # fmt: skip
+    return RESOURCES | given
+
+
+def _read(profile: Path) -> dict[str, dict]:
     if not profile.is_file():
         there = ", ".join(sorted(p.stem for p in profile.parent.glob("*.yaml"))) or "none"
         raise ProfileError(f"there is no profile {profile}; {profile.parent}/ has: {there}")
@@ -40,6 +73,9 @@ def read_profile(profile: Path) -> dict[str, dict]:
         raise ProfileError(f"{profile} can't be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise ProfileError(f"{profile} must map each notebook to its parameters, as in '00_quickstart: {{}}'")
+    for entry in content:
+        if "@" in str(entry) and not _VARIANT.match(split(str(entry))[1]):
+            raise ProfileError(f"{profile}: {entry}: what follows the @ must be letters, digits and . _ - only")
     return content
 
 
@@ -63,31 +99,33 @@ def defaults(notebook: Path) -> dict:
     return found
 
 
-def parameters(notebook: Path, profile: Path, overrides: dict | None = None) -> dict:
+def parameters(notebook: Path, profile: Path, overrides: dict | None = None, variant: str = "") -> dict:
     """All parameters as the notebook will see them: its defaults, then the profile's, then `overrides`."""
     if not notebook.is_file():
         raise ProfileError(f"there is no notebook {notebook}{_nearest(notebook.stem, _names(notebook.parent))}")
-    entries = read_profile(profile)
-    if notebook.stem not in entries:
-        raise ProfileError(f"{profile} has no entry {notebook.stem!r}{_nearest(notebook.stem, entries)}")
+    entries, entry = read_profile(profile), join(notebook, variant)
+    if entry not in entries:
+        raise ProfileError(f"{profile} has no entry {entry!r}{_nearest(entry, entries)}")
     known = defaults(notebook)
-    for source, given in ((str(profile), entries[notebook.stem]), ("--set", overrides or {})):
+    for source, given in ((str(profile), entries[entry]), ("--set", overrides or {})):
         for name, value in given.items():
-            where = f"{source}: {notebook.stem}: {name}"
+            where = f"{source}: {entry}: {name}"
             if name not in known:
                 raise ProfileError(f"{where} is no parameter of {notebook}{_nearest(str(name), known)}")
             if not _fits(value, known[name]):
                 raise ProfileError(f"{where}={value!r} is a {type(value).__name__}, but the default "
                                    f"{known[name]!r} is a {type(known[name]).__name__}")  # fmt: skip
-    return known | entries[notebook.stem] | (overrides or {})
+    return known | entries[entry] | (overrides or {})
 
 
 def check(profile: Path, notebooks: Path) -> dict[str, dict]:
-    """Validates a whole profile: all parameters by notebook, or ProfileError with every problem in it."""
+    """Validates a whole profile: all parameters by entry, or ProfileError with every problem in it."""
     found, problems = {}, []
-    for name in read_profile(profile):
+    resources(profile)
+    for entry in read_profile(profile):
+        name, variant = split(entry)
         try:
-            found[name] = parameters(notebooks / f"{name}.ipynb", profile)
+            found[entry] = parameters(notebooks / f"{name}.ipynb", profile, variant=variant)
         except ProfileError as error:
             problems.append(f"{profile}: {error}" if str(profile) not in str(error) else str(error))
     if problems:
@@ -95,9 +133,9 @@ def check(profile: Path, notebooks: Path) -> dict[str, dict]:
     return found
 
 
-def planned(notebook: Path, profile: Path, overrides: dict | None = None) -> dict:
+def planned(notebook: Path, profile: Path, overrides: dict | None = None, variant: str = "") -> dict:
     """What decides a run: all parameters, and a hash of the cells (outputs left out). The manifest repeats it."""
-    values = parameters(notebook, profile, overrides)
+    values = parameters(notebook, profile, overrides, variant)
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, 4).cells]
     plan = {
         "notebook": notebook.stem,
@@ -105,6 +143,7 @@ def planned(notebook: Path, profile: Path, overrides: dict | None = None) -> dic
         "parameters": values,
         "cells_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
     }
+    plan |= {"variant": variant} if variant else {}
     return json.loads(json.dumps(plan))  # tuples become lists, as in the manifest
 
 

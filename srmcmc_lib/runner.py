@@ -1,6 +1,7 @@
 """Runs a notebook headlessly with a profile's parameters; its figures are replaced only if it succeeds.
 
 python -m srmcmc_lib.runner notebooks/01_synthesis.ipynb --profile profiles/cpu.yaml --set seed=1
+python -m srmcmc_lib.runner notebooks/01_synthesis.ipynb --profile profiles/paper.yaml --variant cifar10
 python -m srmcmc_lib.runner --check --profile profiles/cpu.yaml      # all of a profile, nothing is run
 python -m srmcmc_lib.runner --in-place notebooks/*.ipynb             # refresh the committed outputs
 """
@@ -24,7 +25,7 @@ import torch
 import yaml
 
 from . import paths
-from .profiles import Loader, ProfileError, check, defaults, parameters, planned
+from .profiles import Loader, ProfileError, check, defaults, join, parameters, planned
 
 DEFAULT_PROFILE = "cpu"  # its figures are committed; those of other profiles go to figures/<profile>/
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -34,13 +35,15 @@ class NotebookFailed(RuntimeError):
     """A cell failed; says which one, and where the executed notebook is."""
 
 
-def target(notebook: Path, profile: Path, overrides: dict | None = None) -> Path:
+def target(notebook: Path, profile: Path, overrides: dict | None = None, variant: str = "") -> Path:
     """The folder of a notebook's figures: the committed one only for the default profile without any --set."""
     custom = ["custom"] if overrides else [] if profile.stem == DEFAULT_PROFILE else [profile.stem]
-    return paths.figures().joinpath(*custom, notebook.stem)
+    return paths.figures().joinpath(*custom, join(notebook, variant))
 
 
-def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeout: int = 3600) -> Path:
+def run(
+    notebook: Path, profile: Path, overrides: dict | None = None, cell_timeout: int = 3600, variant: str = ""
+) -> Path:
     """Executes one notebook and swaps in its folder of figures, which also gets the executed notebook, its HTML and
     manifest.json.
 
@@ -49,6 +52,7 @@ def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeo
         profile: a YAML file with an entry for this notebook.
         overrides: parameters that go before the profile's.
         cell_timeout: seconds for one cell.
+        variant: takes the profile's entry NOTEBOOK@VARIANT.
 
     Returns:
         The folder.
@@ -59,10 +63,11 @@ def run(notebook: Path, profile: Path, overrides: dict | None = None, cell_timeo
     """
     from nbconvert import HTMLExporter  # here, because `--check` and the Snakefile needn't wait for it
 
-    plan, name, folder = planned(notebook, profile, overrides), notebook.stem, target(notebook, profile, overrides)
-    changed = {k: v for k, v in parameters(notebook, profile, overrides).items() if v != defaults(notebook)[k]}
+    plan, name = planned(notebook, profile, overrides, variant), notebook.stem
+    values, folder = parameters(notebook, profile, overrides, variant), target(notebook, profile, overrides, variant)
+    changed = {k: v for k, v in values.items() if v != defaults(notebook)[k]}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    failed = folder.parent / f"{name}.failed.ipynb"
+    failed = folder.parent / f"{folder.name}.failed.ipynb"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as aside:  # same disk: a rename will do
         fresh = Path(aside) / name
         fresh.mkdir()
@@ -127,7 +132,7 @@ def _execute(notebook: Path, output: Path, changed: dict, figures: Path, cell_ti
     try:
         papermill.execute_notebook(
             notebook, output, changed, kernel_name="python3", kernel_manager_class=ThisPython, cwd=notebook.parent,
-            execution_timeout=cell_timeout, progress_bar=sys.stderr.isatty(),
+            execution_timeout=cell_timeout, start_timeout=300, progress_bar=sys.stderr.isatty(),
         )  # fmt: skip
     except Exception as error:  # a cell's own error, a time-out or a dead kernel, each with its class
         raise NotebookFailed(f"{notebook} failed{_where(output, error)}") from error
@@ -202,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("notebook", nargs="*", type=Path)
     parser.add_argument("--profile", type=Path, default=paths.home() / "profiles" / f"{DEFAULT_PROFILE}.yaml")
     parser.add_argument("--set", dest="overrides", action="append", default=[], type=_assignment, metavar="NAME=VALUE")
+    parser.add_argument("--variant", default="", help="of a notebook that the profile lists as NOTEBOOK@VARIANT")
     parser.add_argument("--cell-timeout", type=int, default=3600, metavar="SECONDS")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="validate the whole profile, run nothing")
@@ -213,15 +219,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.check:
             found = check(options.profile, paths.home() / "notebooks")
-            print(f"{options.profile}: {len(found)} notebooks, all parameters known")
+            print(f"{options.profile}: {len(found)} runs of notebooks, all parameters known")
         for notebook in () if options.check else options.notebook:
             print(f"{notebook}: running", file=sys.stderr, flush=True)
             started = time.perf_counter()
             if options.in_place:
                 refresh(notebook, options.cell_timeout)
             else:
-                run(notebook, options.profile, dict(options.overrides), options.cell_timeout)
-            where = notebook if options.in_place else target(notebook, options.profile, dict(options.overrides))
+                run(notebook, options.profile, dict(options.overrides), options.cell_timeout, options.variant)
+            folder = target(notebook, options.profile, dict(options.overrides), options.variant)
+            where = notebook if options.in_place else folder
             print(f"{notebook}: {time.perf_counter() - started:.0f} s, written to {where}", file=sys.stderr)
     except (ProfileError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)

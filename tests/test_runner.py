@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from srmcmc_lib import paths, profiles, runner
+from srmcmc_lib import gallery, paths, profiles, runner
 
 ROOT = paths.PACKAGE.parent
 PARAMETERS = "steps = 3\nrate = 0.1  # a rate, e.g. rate = 0.2\nname = 'a'\nlive = False\nsizes = (1, 2)\nseed = None"
@@ -39,9 +39,9 @@ def project(tmp_path, monkeypatch):
     return home
 
 
-def toy(home: Path, *cells: str) -> Path:
-    notebook = home / "notebooks/00_toy.ipynb"
-    parameters = new_code_cell(PARAMETERS, id="p", metadata={"tags": ["parameters"]})
+def toy(home: Path, *cells: str, name: str = "00_toy", parameters: str = PARAMETERS) -> Path:
+    notebook = home / f"notebooks/{name}.ipynb"
+    parameters = new_code_cell(parameters, id="p", metadata={"tags": ["parameters"]})
     others = [new_code_cell(source, id=f"c{i}") for i, source in enumerate(cells)]
     # a kernelspec that nobody has: the runner's kernel is its own interpreter
     metadata = {"kernelspec": {"name": "elsewhere", "display_name": "", "language": "python"}, "widgets": {"a": 1}}
@@ -72,12 +72,20 @@ def profile(home: Path, text: str, name: str = "cpu") -> Path:
         ("[steps]", ["must map each notebook"]),
         ("{steps: 1, steps: 2}", ["'steps' is given twice"]),
         ("{steps: 1", ["can't be read"]),
+        ("{}\n00_toy@b: {stepz: 1}", ["00_toy@b: stepz", "'steps'"]),
+        ("{}\n00_toi@b: {}", ["no notebook", "00_toi.ipynb"]),
+        ("{}\n'00_toy@a/b': {}", ["00_toy@a/b", "letters, digits"]),
+        ("{}\n00_toy@: {}", ["00_toy@", "letters, digits"]),
+        ("{}\nresources: {gpus: 1}", ["resources: gpus", "did you mean 'gpu'"]),
+        ("{}\nresources: {mem_mb: 8GB}", ["mem_mb='8GB'", "whole number of at least 1"]),
+        ("{}\nresources: {gpu: -1}", ["gpu=-1", "at least 0"]),
     ],
 )
 def test_a_parameter_that_does_not_fit_stops_before_anything_runs(project, given, words, capsys, monkeypatch):
     monkeypatch.setattr(runner, "_execute", lambda *_: pytest.fail("the notebook was run"))
     file = profile(project, f"00_toy: {given}\n")
-    for arguments in (["--check"], [str(project / "notebooks/00_toy.ipynb")]):
+    alone = "resources" in given or "@" in given  # what concerns other entries is seen by --check only
+    for arguments in [["--check"], [str(project / "notebooks/00_toy.ipynb")]][: 1 if alone else 2]:
         assert runner.main([*arguments, "--profile", str(file)]) == 2
         said = capsys.readouterr().err
         assert all(word in said for word in words), said
@@ -95,6 +103,35 @@ def test_values_that_fit(project):
     found = profiles.parameters(project / "notebooks/00_toy.ipynb", file, {"rate": 2})
     assert found == {"steps": 5, "rate": 2, "name": "a", "live": False, "sizes": [3], "seed": 1}
     assert profiles.parameters(project / "notebooks/00_toy.ipynb", file)["rate"] == 1e-4  # YAML 1.1 reads a string
+
+
+def test_one_notebook_in_several_variants(project):
+    file = profile(project, "resources: {gpu: 2}\n00_toy@a: {steps: 4}\n00_toy@b: {steps: 5}\n", "other")
+    notebook = project / "notebooks/00_toy.ipynb"
+    assert profiles.check(file, project / "notebooks").keys() == {"00_toy@a", "00_toy@b"}
+    assert [profiles.parameters(notebook, file, variant=v)["steps"] for v in "ab"] == [4, 5]
+    assert profiles.planned(notebook, file, variant="b")["variant"] == "b"
+    assert runner.target(notebook, file, variant="b") == project / "figures/other/00_toy@b"
+    with pytest.raises(profiles.ProfileError, match="has no entry '00_toy'; did you mean '00_toy@"):
+        profiles.parameters(notebook, file)
+    assert profiles.resources(file) == profiles.RESOURCES | {"gpu": 2}
+    assert profiles.resources(project / "profiles/cpu.yaml") == profiles.RESOURCES
+
+
+def test_a_variant_is_run_into_its_own_folder_and_stands_on_the_page(project, capsys):
+    file = profile(project, "00_toy@a: {steps: 4}\n00_toy@b: {steps: 5}\n", "other")
+    assert runner.main([str(project / "notebooks/00_toy.ipynb"), "--profile", str(file), "--variant", "b"]) == 0
+    folder = project / "figures/other/00_toy@b"
+    assert {p.name for p in folder.parent.iterdir()} == {"00_toy@b"}
+    assert {p.name for p in folder.iterdir()} == {"figure.png", "00_toy.ipynb", "00_toy.html", "manifest.json"}
+    assert json.loads((folder / "manifest.json").read_text())["parameters"]["steps"] == 5
+    page = gallery.write(file)
+    assert page == project / "figures/other/index.html"
+    made, missing = page.read_text().split("<h2>00_toy@b</h2>")[1], page.read_text().split("<h2>00_toy@b</h2>")[0]
+    assert "<h2>00_toy@a</h2><p>Not made yet.</p>" in missing and "steps = 5" in made
+    links = re.findall(r'(?:src|href)="([^"]+)"', made)
+    assert links == ["00_toy@b/00_toy.html", "00_toy@b/figure.png"]
+    assert all((page.parent / link).is_file() for link in links)
 
 
 def test_check_names_every_problem_of_a_profile(project):
@@ -185,7 +222,9 @@ def test_the_graph_redoes_what_changed(project):
     """Snakemake's plan: what was never made, what has other cells by now, what lost its figures; not what is done."""
     shutil.copy(ROOT / "Snakefile", project)
     names = ("00_done", "01_new", "02_edited", "03_lost")
-    file = profile(project, "".join(f"{name}: {{steps: 4}}\n" for name in names))
+    models = "04_model@loads: {checkpoint: m.safetensors}\n04_model@trains: {save_as: m.safetensors}\n"
+    file = profile(project, "".join(f"{name}: {{steps: 4}}\n" for name in names) + models)
+    toy(project, name="04_model", parameters="checkpoint = ''\nsave_as = ''")
     for name in names:
         shutil.copy(project / "notebooks/00_toy.ipynb", notebook := project / f"notebooks/{name}.ipynb")
         stamp, manifest = project / f".cache/stamps/cpu/{name}.done", project / f"figures/{name}/manifest.json"
@@ -198,14 +237,19 @@ def test_the_graph_redoes_what_changed(project):
 
     words = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--cores", "1"]
     done = subprocess.run(words, cwd=project, capture_output=True, text=True)
-    found = re.findall(
-        r"srmcmc_lib.runner notebooks/(\w+).ipynb --profile profiles/cpu.yaml", done.stdout + done.stderr
-    )
-    assert sorted(found) == ["01_new", "02_edited", "03_lost"], done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    found = re.findall(r"runner notebooks/(\w+)\.ipynb --profile profiles/cpu\.yaml(?: --variant (\w+))?", said)
+    jobs = {("01_new", ""), ("02_edited", ""), ("03_lost", ""), ("04_model", "loads"), ("04_model", "trains")}
+    assert len(found) == len(jobs) and set(found) == jobs, said
+    # what loads a model comes after what trains it
+    (waits,) = [job for job in said.split("rule notebook:") if "output: .cache/stamps/cpu/04_model@loads.done" in job]
+    assert "input: .cache/stamps/cpu/04_model@trains.done" in waits
 
 
 def test_every_profile_fits_and_the_default_runs_every_notebook():
     for file in sorted((ROOT / "profiles").glob("*.yaml")):
         profiles.check(file, ROOT / "notebooks")
     listed = profiles.read_profile(ROOT / f"profiles/{runner.DEFAULT_PROFILE}.yaml")
-    assert sorted(listed) == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert sorted({profiles.split(e)[0] for e in listed}) == sorted(
+        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
+    )

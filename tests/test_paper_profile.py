@@ -1,0 +1,101 @@
+"""The paper's profile: its numbers, its graph, and the same graph run end to end on a handful of images."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_sets import checksums, write_celeba, write_cifar10, write_lsun
+
+from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, paths, profiles
+
+ROOT = paths.PACKAGE.parent
+PAPER, SMOKE = (ROOT / "profiles" / f"{name}.yaml" for name in ("paper", "paper-smoke"))
+SIZES = {"width", "steps", "updates", "save_as"}  # in which the two profiles differ
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of its own around this checkout's library, so that nothing of the user's is touched."""
+    for name in ("Snakefile", "srmcmc_lib", "profiles"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")  # they are working directories: ../ is the project
+    return tmp_path
+
+
+def snakemake(project: Path, *words: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("SRMCMC_DATA", "SRMCMC_FIGURES")}
+    env |= {"SRMCMC_HOME": str(project), "IPYTHONDIR": str(project / "ipython")}
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--printshellcmds", *words]
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_numbers_that_the_paper_gives():
+    found = profiles.check(PAPER, ROOT / "notebooks")
+    said = {
+        k: (v["dataset"], v["image_size"], v["width"], v["steps"], v["sigma"])
+        for k, v in found.items()
+        if k[:2] == "01"
+    }
+    assert said == {
+        "01_synthesis@cifar10": ("cifar10", 32, 128, 100, 0.03),
+        "01_synthesis@celeba": ("celeba", 64, 64, 100, 0.03),
+        "01_synthesis@lsun_bedroom": ("lsun_bedroom", 64, 64, 100, 0.03),
+    }
+    for values in found.values():
+        assert values["updates"] >= 200_000 and values["rate_final"] < values["rate"]
+        EnergyNet(3, values["image_size"], 2), Langevin(values["steps"])
+        TrainConfig(values["updates"], rate=values["rate"], rate_final=values["rate_final"], sigma=values["sigma"])
+
+
+def test_the_smoke_run_differs_from_the_paper_in_sizes_only():
+    paper, smoke = profiles.read_profile(PAPER), profiles.read_profile(SMOKE)
+    assert list(paper) == list(smoke)
+    for entry, values in paper.items():
+        assert list(values) == list(smoke[entry]), entry
+        assert {k for k, v in values.items() if v != smoke[entry][k]} <= SIZES, entry
+        assert smoke[entry]["updates"] == 2
+
+
+def test_a_dry_run_of_the_papers_whole_graph(project):
+    said = snakemake(project, "--dry-run", "--config", "profile=paper")
+    jobs = re.findall(
+        r"runner notebooks/(\S+)\.ipynb --profile profiles/paper.yaml --variant (\S+) --cell-tim\S+ (\d+)", said
+    )
+    minutes = profiles.resources(PAPER)["runtime"]
+    assert sorted(jobs) == sorted((*profiles.split(e), str(60 * minutes)) for e in profiles.read_profile(PAPER))
+    assert said.count("gpu=1, gpu_manufacturer=nvidia") == len(jobs)
+    assert not (project / "figures").exists() and not (project / "checkpoints").exists()
+
+
+def test_the_papers_graph_end_to_end_with_two_updates(project):
+    """45 s on one core. The notebooks' kernels get the checksums of the tiny data from an IPython startup file."""
+    for write in (write_cifar10, write_celeba, write_lsun):
+        write(project / "data")
+    startup = project / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "checksums.py").write_text(
+        f"from torchvision import datasets\nfor name, table in {checksums(project / 'data')!r}.items():\n"
+        "    for attribute, value in table.items():\n        setattr(getattr(datasets, name), attribute, value)\n"
+    )
+    snakemake(project, "--config", "profile=paper-smoke")
+    page = (project / "figures" / "paper-smoke" / "index.html").read_text()
+    for entry, values in profiles.read_profile(SMOKE).items():
+        folder = project / "figures" / "paper-smoke" / entry
+        made = json.loads((folder / "manifest.json").read_text())
+        assert values.items() <= made["parameters"].items() and made["variant"] == profiles.split(entry)[1]
+        assert {"samples.png", "samples.pdf", "transition.png", "01_synthesis.html"} <= {
+            p.name for p in folder.iterdir()
+        }
+        for file in folder.glob("*.png"):
+            assert f'src="{entry}/{file.name}"' in page
+        model = ShortRun.load(project / "notebooks" / values["save_as"])
+        assert (model.dataset, model.shape) == (values["dataset"], (3, values["image_size"], values["image_size"]))
+        assert model.kernel.steps == 3
+    assert "Job stats" not in snakemake(project, "--dry-run", "--config", "profile=paper-smoke"), "all is up to date"
