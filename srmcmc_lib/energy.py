@@ -1,4 +1,4 @@
-"""The negative energy f_θ(x) of eq. (1): the paper's ConvNet.
+"""The negative energy f_θ(x) of eq. (1): the paper's ConvNet, and one that is linear in θ, with fixed features.
 
 A network outputs f_θ(x) itself, not −f_θ(x): where f is high, images are likely, and the chain climbs f.
 """
@@ -76,3 +76,50 @@ class EnergyNet(nn.Module):
         if any(self.padding):
             x = F.pad(x, self.padding)
         return self.layers(x.contiguous(memory_format=torch.channels_last)).flatten()
+
+
+class LinearEnergy(nn.Module):
+    """f_θ(x) = <θ, h(x)> with fixed features h, [B, C, H, W] → [B]: what the paper's theory speaks of.
+
+    Only θ [d] is learned, from θ = 0, and ∂f/∂θ = h(x): eq. (6) compares nothing but averages of h. A checkpoint holds
+    h's weights beside θ, so that it stays true when a source's weights are trained anew.
+
+    Args:
+        channels, image_size: C and H = W of the images; a classifier takes only its own.
+        source, layer, pool, weights: of h, see `features.features`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `features.features` does; images that h does not take.
+    """
+
+    piecewise_linear = True  # all sources have ReLUs, poolings and, in eval mode, fixed normalisations
+
+    def __init__(
+        self, channels: int = 1, image_size: int = 32, source: str = "fashion_mnist_classifier",
+        layer: int | None = None, pool: int = 1, weights: str | None = "DEFAULT",
+    ):  # fmt: skip
+        super().__init__()
+        from .features import features  # torchvision's models, which the ConvNet above does without
+
+        self.channels, self.image_size = channels, image_size
+        self.source, self.layer, self.pool, self.weights = source, layer, pool, weights
+        self.h = features(source, layer, pool, weights)
+        if self.h.image_size and (channels, image_size) != (self.h.channels, self.h.image_size):
+            want = f"channels={self.h.channels}, image_size={self.h.image_size}"
+            raise ValueError(f"{source} takes images with {want}, got {channels!r} and {image_size!r}")
+        self.inner = nn.Linear(self.h.size, 1, bias=False)  # <θ, ·>
+        nn.init.zeros_(self.inner.weight)
+
+    @property
+    def config(self) -> dict:
+        """The constructor's arguments: what a checkpoint stores to build the same energy again."""
+        return {k: getattr(self, k) for k in ("channels", "image_size", "source", "layer", "pool", "weights")}
+
+    @property
+    def theta(self) -> Tensor:
+        """θ, [d]."""
+        return self.inner.weight[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f_θ(x) for images x of shape [B, C, H, W]; returns [B]."""
+        return self.inner(self.h(x))[:, 0]

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import checkpoint
-from .energy import EnergyNet
+from .energy import EnergyNet, LinearEnergy
 from .interpolation import mix
 from .langevin import Langevin, langevin_chain
 from .priors import FOR_U, FOR_Z, PRIORS, Gaussian, Uniform, as_seed, streams
@@ -22,7 +22,8 @@ class ShortRun:
     """The learned model q_θ, eq. (5) and (7): z ~ p_0, x = M_θ(z, u), K Langevin steps toward f_θ, not one more.
 
     Attributes:
-        f: the negative energy, [B, C, H, W] → [B]; an EnergyNet, or any module with `channels` and `image_size`.
+        f: the negative energy, [B, C, H, W] → [B]; an EnergyNet, a LinearEnergy, or any module with `channels` and
+            `image_size`.
         kernel: K, s and ε; part of the model, so stored with it.
         prior: p_0, Uniform(-1, 1) (the paper) or Gaussian.
         value_range: the range of the data in the model's units; samples are not clamped to it.
@@ -232,7 +233,7 @@ class ShortRun:
 
         Args:
             source: a file, or a name such as "fashion_mnist".
-            f: the network to fill, needed only where it is not an EnergyNet.
+            f: the network to fill, needed only where it is neither an EnergyNet nor a LinearEnergy.
             device: where the network goes.
 
         Raises:
@@ -241,10 +242,11 @@ class ShortRun:
         """
         path = checkpoint.find(source)
         meta, tensors = checkpoint.read(path)
-        if f is None and meta["network"].get("class") != "EnergyNet":
+        known = {"EnergyNet": EnergyNet, "LinearEnergy": LinearEnergy}
+        if f is None and meta["network"].get("class") not in known:
             raise ValueError(f"{path} holds weights of a {meta['network'].get('class')}: build one and pass it as f=")
         if f is None:
-            f = checkpoint.rebuilt(path, meta["network"], {"EnergyNet": EnergyNet})
+            f = checkpoint.rebuilt(path, meta["network"], known)
         elif (here := {"class": type(f).__name__, **getattr(f, "config", {})}) != meta["network"]:
             raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
         try:

@@ -1,4 +1,4 @@
-"""EnergyNet: the paper's parameter table, gradients against finite differences, padding, clear errors."""
+"""EnergyNet: the paper's parameter table, gradients against finite differences, padding, clear errors. LinearEnergy."""
 
 from itertools import pairwise
 
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from srmcmc_lib import EnergyNet
+from srmcmc_lib import EnergyNet, Langevin, LinearEnergy, ShortRun, TrainConfig, observed, train
+from srmcmc_lib.data import to_float
 from srmcmc_lib.energy import ACTIVATIONS
+from srmcmc_lib.features import features
 
 PAPER_32 = [  # n_f = 32, C = 3: (weight's shape, weights + biases), worked out by hand from the paper's table
     ((32, 3, 3, 3), 864 + 32),
@@ -124,3 +126,61 @@ def test_bad_settings_are_refused(bad, message):
 def test_images_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"images of shape \[B, 1, 32, 32\], got \["):
         EnergyNet(1, 32, width=2)(torch.zeros(shape))
+
+
+@pytest.fixture
+def linear():
+    """A LinearEnergy on the classifier's second layer, θ random."""
+    f = LinearEnergy(layer=2)
+    with torch.no_grad():
+        f.theta.normal_(generator=torch.Generator().manual_seed(0))
+    return f
+
+
+def test_linear_energy_is_the_inner_product_and_its_gradient_the_mean_of_h(linear):
+    x, h = to_float(observed("fashion_mnist_mini", limit=5)), features(layer=2)
+    assert linear.theta.shape == (64,)
+    torch.testing.assert_close(linear(x), h(x) @ linear.theta)
+    linear(x).mean().backward()
+    torch.testing.assert_close(linear.inner.weight.grad[0], h(x).mean(0))
+    assert not any(p.requires_grad for p in linear.h.parameters())
+
+
+def test_linear_energy_starts_at_theta_zero_where_the_chain_adds_nothing_but_noise():
+    model = ShortRun(LinearEnergy(layer=1), Langevin(steps=2, noise=0.0))
+    z = model.draw_z(2, seed=0)
+    assert torch.equal(model(z), z)
+
+
+def test_linear_energy_is_piecewise_linear(linear):
+    """Its gradient is the same at x and beside it, but for the few pixels whose ReLUs turn in between."""
+    x = torch.randn(1, 1, 32, 32, dtype=torch.float64)
+    gradients = []
+    for t in (0.0, 1e-7):
+        moved = (x + t * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        gradients.append(torch.autograd.grad(linear.double()(moved).sum(), moved)[0])
+    assert linear.piecewise_linear and (gradients[0] == gradients[1]).double().mean() > 0.9
+
+
+def test_a_linear_energy_is_saved_with_its_features_and_loaded_by_name_alone(linear, tmp_path):
+    with torch.no_grad():
+        linear.h.responses[0][0].weight.mul_(1.5)  # as if the shipped classifier had been another one then
+    model = ShortRun(linear, Langevin(steps=3), dataset="fashion_mnist_mini")
+    again = ShortRun.load(model.save(tmp_path / "linear.safetensors"))
+    assert again.config == model.config and again.config["network"]["class"] == "LinearEnergy"
+    assert torch.equal(again.sample(2, seed=0), model.sample(2, seed=0))
+
+
+def test_algorithm_1_moves_theta_and_nothing_else():
+    model, images = ShortRun(LinearEnergy(layer=1), Langevin(steps=2)), observed("fashion_mnist_mini", limit=8)
+    before = {k: v.clone() for k, v in model.f.state_dict().items()}
+    list(train(model, images, TrainConfig(updates=2, batch_size=4, average=0.5, progress=False)))
+    moved = [k for k, v in model.f.state_dict().items() if not torch.equal(v, before[k])]
+    assert moved == ["inner.weight"]
+
+
+def test_a_linear_energy_refuses_images_that_its_features_do_not_take():
+    with pytest.raises(ValueError, match="takes images with channels=1, image_size=32, got 3 and 32"):
+        LinearEnergy(channels=3)
+    with pytest.raises(ValueError, match="layer must be an integer in 1 … 4"):
+        LinearEnergy(layer=7)
