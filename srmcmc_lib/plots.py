@@ -254,12 +254,13 @@ def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
     """Medians over images with the middle 80 % shaded and the worst one dotted, by label.
 
     Args:
-        curves: (x, values): where, [n], and one column an image, [n, B].
+        curves: (x, values): where, [n], and one column an image, [n, B]; arrays or tensors.
         xlabel, ylabel: of the axes.
         log: a logarithmic y axis.
     """
     figure, ax = _subplots(figsize=(6.5, 3.4), layout="constrained")
     for i, (label, (x, values)) in enumerate(curves.items()):
+        values = np.asarray(values)
         low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=1)
         ax.plot(x, middle, color=f"C{i}", lw=1.6, label=label)
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.18, lw=0)
