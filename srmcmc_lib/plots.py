@@ -286,6 +286,70 @@ def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[st
     return figure
 
 
+def moment_learning(curves: dict[str, np.ndarray], smooth: int = 5) -> Figure:
+    """The relative moment error of each update's batch against the update, by label, [updates] each; running means."""
+    figure, ax = _subplots(figsize=(6.5, 3), layout="constrained")
+    for i, (label, values) in enumerate(curves.items()):
+        window = min(smooth, len(values))
+        step = np.arange(1, len(values) + 1)
+        ax.semilogy(step, values, color=f"C{i}", lw=0.6, alpha=0.5)
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        ax.semilogy(step[window - 1 :], mean, color=f"C{i}", lw=1.6, label=label)
+    ax.set(xlabel="update", ylabel="relative moment error of a batch")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def moment_scatter(matches: dict[str, Sequence]) -> Figure:
+    """Every moment: E_q[h_i] against E_data[h_i], before learning (hollow) and after, with ± 4 standard errors.
+
+    Args:
+        matches: by title, anything with data, start, reached and error, [d] each.
+    """
+    figure, axes = _subplots(
+        2, len(matches), figsize=(4.4 * len(matches), 6), layout="constrained", squeeze=False, height_ratios=[3, 1.6]
+    )
+    for (top, bottom), (title, m) in zip(axes.T, matches.items(), strict=True):
+        data, start, reached, error = (np.asarray(v) for v in (m.data, m.start, m.reached, m.error))
+        ends = [0, 1.05 * max(data.max(), start.max(), reached.max())]
+        top.plot(ends, ends, color="k", lw=0.6)
+        top.plot(data, start, "o", color="C0", mfc="none", ms=4, mew=0.8, label="before: $p_0$")
+        top.errorbar(data, reached, 4 * error, fmt="o", color="C3", ms=3, elinewidth=1, label=r"after: $q_\theta$")
+        top.set(title=title, ylabel=r"$E_{q}[h_i]$", xlabel=r"$E_{data}[h_i]$")
+        top.legend(frameon=False, fontsize=8)
+        bottom.errorbar(data, reached - data, 4 * error, fmt="o", color="C3", ms=3, elinewidth=1)
+        bottom.axhline(0, color="k", lw=0.6)
+        bottom.set(xlabel=r"$E_{data}[h_i]$", ylabel="after: difference\n± 4 std. errors")
+    return figure
+
+
+def moment_drift(drifts: dict[str, tuple], images: dict[str, dict[str, Tensor]], columns: int = 4) -> Figure:
+    """The relative moment error along the chain, and the images it leads through: the chain is not to be run on.
+
+    Args:
+        drifts: by label, (K, steps [n], relative errors [n], of these the part due to chance [n]).
+        images: by the same labels, by title, a few images float [m, C, H, W] in [-1, 1].
+        columns: images a row of each grid.
+    """
+    figure = plt.figure(figsize=(9, 3.1 + 1.9 * len(images)), layout="constrained")
+    plt.close(figure)
+    top, *rows = figure.subfigures(1 + len(images), 1, height_ratios=[3.1] + [1.9] * len(images))
+    ax = top.subplots()
+    for i, (label, (K, steps, relative, chance)) in enumerate(drifts.items()):
+        at = np.asarray(steps) + 1  # the chain's start on a logarithmic axis
+        ax.loglog(at, relative, "o-", color=f"C{i}", ms=3.5, lw=1.4, label=f"{label}, K = {K}")
+        ax.loglog(at, chance, ":", color=f"C{i}", lw=1)
+        ax.axvline(K + 1, color=f"C{i}", lw=0.8, ls="--")
+    ax.set(xlabel="steps of the chain + 1", ylabel="relative moment error")
+    ax.legend(frameon=False, fontsize=8)
+    for row, (label, grids) in zip(rows, images.items(), strict=True):
+        row.suptitle(label, fontsize=10)
+        for axis, (title, x) in zip(np.atleast_1d(row.subplots(1, len(grids))), grids.items(), strict=True):
+            _show(axis, x, columns)
+            axis.set_title(title, fontsize=8)
+    return figure
+
+
 def save(figure: Figure, notebook: str, name: str) -> Figure:
     """Writes figures/<notebook>/<name>.png and .pdf (no dates, so bytes repeat); returns the figure, to be shown."""
     folder = paths.figures() / notebook
