@@ -75,7 +75,9 @@ class EnergyNet(nn.Module):
             raise ValueError(f"f_θ takes images of shape [B, {size}], got {list(x.shape)}")
         if any(self.padding):
             x = F.pad(x, self.padding)
-        return self.layers(x.contiguous(memory_format=torch.channels_last)).flatten()
+        last = self.layers[2].weight.is_contiguous(memory_format=torch.channels_last)  # the images follow the weights
+        layout = torch.channels_last if last else torch.contiguous_format
+        return self.layers(x.contiguous(memory_format=layout)).flatten()
 
 
 class LinearEnergy(nn.Module):

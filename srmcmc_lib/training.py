@@ -1,26 +1,25 @@
 """Algorithm 1: learning the short-run chain, as an iterator over explicit records."""
 
-import json
 import math
-import shutil
 import time
-import zlib
+import warnings
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoint import read
 from .data import check_images, to_float
+from .devices import PRECISIONS, arithmetic, at_once, check_same, prepared, ranks, same_start, share, summed
 from .langevin import langevin_chain
 from .records import Record, open_log
+from .resuming import State, previous
 from .shortrun import ShortRun
 
-PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
-NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress"}  # may change between stop and resume
+WATCHED = 20  # updates over which the alarm averages
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,12 @@ class TrainConfig:
         checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end, with the full state.
         log: a .csv file, or a folder for TensorBoard.
         progress: show a progress bar.
+        precision: "float32", or on GPUs "tf32" or "bf16" for f and its gradient; the chain's update stays float32.
+        channels_last: the memory layout of f, faster on CPUs and tensor cores; False for the other one.
+        compile: torch.compile f (on CPUs it gained nothing).
+        sub_batch: how many images a device takes at once, to save memory; changes speed, not the update. None takes
+            all of its share, or what its memory holds.
+        alarm: stop when the chains' path is this many times as long as the way it has to go, see `check`; None: never.
 
     Raises:
         ValueError: a setting out of range.
@@ -63,10 +68,17 @@ class TrainConfig:
     checkpoint_every: int = 100
     log: str | None = None
     progress: bool = True
+    precision: str = "float32"
+    channels_last: bool = True
+    compile: bool = False
+    sub_batch: int | None = None
+    alarm: float | None = 1.6
 
     def __post_init__(self):
-        for name in ("updates", "batch_size", "checkpoint_every"):
+        for name in ("updates", "batch_size", "checkpoint_every", "sub_batch"):
             value = getattr(self, name)
+            if name == "sub_batch" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**30:
@@ -80,6 +92,10 @@ class TrainConfig:
         if not 0 <= self.lower_from <= 1 or not 0 <= self.average < 1:
             got = f"{self.lower_from!r} and {self.average!r}"
             raise ValueError(f"lower_from must lie in [0, 1] and average in [0, 1), got {got}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+        if self.alarm is not None and not self.alarm > 1:
+            raise ValueError(f"alarm must be None or a number above 1, got {self.alarm!r}")
 
     def scheduled(self, start: float, final: float | None, step: int) -> float:
         """The value of a schedule at update `step` (0 … updates − 1)."""
@@ -94,168 +110,147 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
 
     Each update draws m observed images plus N(0, σ²), m fresh z ~ p_0 (nothing persists), runs K Langevin steps,
     and follows eq. (6) with Adam. A stopped run that is resumed equals the run never stopped, bit for bit on the CPU.
+    Started on several devices (`accelerate launch`), each rank runs its share of the m chains, gradients are averaged,
+    all ranks yield the same records, and rank 0 alone writes.
 
     Args:
-        model: network, kernel and prior; its device is used.
-        images: observed examples, uint8 [n, C, H, W], kept resident on the model's device.
+        model: network, kernel and prior; its device is used (on several: each rank's own).
+        images: observed examples, uint8 [n, C, H, W]; they stay where they are, a memory-mapped file for instance.
         config: settings.
         resume: continue from config.checkpoint if that file exists; False starts anew and overwrites it.
 
     Raises (at the call, before any work):
-        ValueError: wrong images, or a checkpoint that was made with other settings.
+        ValueError: wrong images, a checkpoint that was made with other settings, fewer images in a batch than ranks.
     Raises (while iterating):
-        FloatingPointError: learning diverged; the last two checkpoints are kept (the older as NAME.previous…), because
-            images and d look healthy for a while after K·‖∂f/∂x‖ has started to climb.
+        FloatingPointError: learning diverged, or the alarm fired before it did; the last two checkpoints are kept (the
+            older as NAME.previous…), because images and d look healthy for a while after K·‖∂f/∂x‖ began to climb.
+        torch.OutOfMemoryError: not even one image at a time fits.
     """
     check_images(images, model.shape)
-    state = _State(model, config, images)
+    if config.batch_size < ranks().num_processes:
+        raise ValueError(f"batch_size={config.batch_size} leaves some of {ranks().num_processes} ranks idle")
+    if not config.channels_last:
+        model.f.to(memory_format=torch.contiguous_format)
+    same_start(model.f)
+    state = State(model, config, images)
     if resume and config.checkpoint and Path(config.checkpoint).exists():
         state.restore(Path(config.checkpoint))
-    return _updates(model, images.to(model.device), config, state)
+    check_same(state.step)
+    return _updates(images, state)
 
 
-def _updates(model: ShortRun, images: Tensor, config: TrainConfig, state: "_State") -> Iterator[Record]:
-    write = open_log(config.log, state.step) if config.log else None
-    bar = tqdm(total=config.updates, initial=state.step, disable=not config.progress, desc="Algorithm 1")
-    started = time.perf_counter() - state.seconds
+def _updates(images: Tensor, state: State) -> Iterator[Record]:
+    model, config, main = state.model, state.config, ranks().is_main_process
+    f = prepared(model.f, config.precision, config.compile)
+    mine = share(config.batch_size)
+    n, sentence = at_once(model.f, model.shape, config.sub_batch or mine.stop - mine.start, model.device)
+    write = open_log(config.log, state.step) if config.log and main else None
+    bar = tqdm(total=config.updates, initial=state.step, disable=not (config.progress and main), desc="Algorithm 1")
+    if sentence:
+        bar.write(sentence)
+    started, watched = time.perf_counter() - state.seconds, deque(maxlen=WATCHED)
     with bar:
         while state.step < config.updates:
             rate = config.scheduled(config.rate, config.rate_final, state.step)
             sigma = config.scheduled(config.sigma, config.sigma_final, state.step)
-            d, grad_norm = update(model, images, config.batch_size, sigma, rate, state.adam, state.generators)
-            if not math.isfinite(d) or abs(d) > 1e3:
-                raise FloatingPointError(
-                    f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
-                    f" Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or another "
-                    f"seed; start anew, or from ShortRun.load({str(previous(config.checkpoint or 'NAME'))!r}) under "
-                    "another checkpoint name (the latest checkpoint may already be on its way out)."
-                )
+            with arithmetic(config.precision, model.device):
+                d, grad_norm, way, n = update(state, f, images, sigma, rate, n)
+            watched.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
+            check(d, grad_norm, watched, state, rate, sigma)
             state.step += 1
             state.seconds = time.perf_counter() - started
             state.update_average()
             record = Record(state.step, d, grad_norm, rate, sigma, state.seconds)
             if write:  # before the checkpoint: a run killed in between then misses no row
                 write(record)
-            if config.checkpoint and (state.step % config.checkpoint_every == 0 or state.step == config.updates):
+            last = state.step == config.updates
+            if config.checkpoint and main and (last or state.step % config.checkpoint_every == 0):
                 state.save(Path(config.checkpoint), record)
             bar.update()
             bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{grad_norm:.2f}", refresh=False)
-            if state.step == config.updates:
+            if last:
                 state.finish(record)
+                ranks().wait_for_everyone()  # the checkpoint is there when any rank has finished
             yield record
 
 
-def update(model: ShortRun, images: Tensor, m: int, sigma: float, rate: float, adam, generators) -> tuple[float, float]:
-    """One pass of Algorithm 1's loop, its five lines in order; returns (d, grad_norm) as in Record."""
-    g, device = generators, images.device
-    x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"], device=device)])
-    x_minus = model.prior.draw(x_plus.shape, g["z"])
-    x_plus = x_plus + sigma * torch.randn(x_plus.shape, generator=g["sigma"], device=device)
-    U = (torch.randn(x_plus.shape, generator=g["u"], device=device) for _ in range(model.kernel.steps))
-    norms = []
-    for x_minus, df_dx in langevin_chain(model.f, x_minus, model.kernel, U):  # noqa: B020 (the chain starts at x_minus)
-        norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
+def check(d: float, grad_norm: float, ratios: deque[float], state: State, rate: float, sigma: float) -> None:
+    """Raises FloatingPointError where learning has diverged (d ran away), or is about to (the alarm).
 
-    f_plus, f_minus = model.f(torch.cat([x_plus, x_minus])).split(m)  # one forward pass for both
-    d = f_plus.mean() - f_minus.mean()
-    for group in adam.param_groups:
-        group["lr"] = rate
-    adam.zero_grad()
-    (-d).backward()  # Adam descends, eq. (6) ascends
-    adam.step()
-    return d.item(), torch.stack(norms).mean().item()
-
-
-def previous(checkpoint: str | Path) -> Path:
-    """Where the checkpoint before the last one is kept: NAME.previous.safetensors."""
-    path = Path(checkpoint)
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+    A chain of K steps covers a path of at most K·s·‖∂f/∂x‖ and has to go ‖x⁺ − z‖, from the noise to the data. Their
+    ratio says how far the chain strays: 0.9 … 1.2 for the paper's CIFAR-10 (Table 2), up to 1.4 in healthy runs here.
+    It climbs 50 … 100 updates before d explodes. So K·‖∂f/∂x‖ ≈ 40 is no constant of nature: it is that distance.
+    """
+    ratio, config = sum(ratios) / len(ratios), state.config
+    if not math.isfinite(d) or abs(d) > 1e3:
+        what = f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
+    elif config.alarm is not None and ratio > config.alarm and len(ratios) == WATCHED:
+        what = (f"learning is about to diverge at update {state.step + 1}: over {WATCHED} updates the chains' path "
+                f"K·s·‖∂f/∂x‖ was {ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm}.")  # fmt: skip
+    else:
+        return
+    raise FloatingPointError(
+        f"{what} Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or another seed; "
+        f"start anew, or from ShortRun.load({str(previous(config.checkpoint or 'NAME'))!r}) under another checkpoint "
+        "name (the latest checkpoint may already be on its way out). alarm=None goes on regardless."
+    )
 
 
-class _State:
-    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters."""
+def update(state: State, f: nn.Module, images: Tensor, sigma: float, rate: float, n: int) -> tuple:
+    """One pass of Algorithm 1's loop, n chains at once: returns d and grad_norm as in Record, mean ‖x⁺ − z‖, and n.
 
-    def __init__(self, model: ShortRun, config: TrainConfig, images: Tensor):
-        self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
-        self.adam = torch.optim.Adam(model.f.parameters(), lr=config.rate, betas=config.betas)
-        self.generators = {p: Generator(model.device).manual_seed(4 * config.seed + i) for i, p in enumerate(PURPOSES)}
-        self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
-        # what a resumed run must share besides its settings: generators differ between devices
-        checksum = zlib.crc32(images.cpu().contiguous().numpy())
-        self.circumstances = {"images": [len(images), checksum], "device": model.device.type}
-
-    def _theta(self):
-        return self.model.f.named_parameters()
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        decay = min(self.config.average, (1 + self.step) / (10 + self.step))  # the first updates are soon forgotten
-        for k, p in self._theta() if self.average else ():
-            self.average[k].lerp_(p, 1 - decay)
-
-    def save(self, path: Path, record: Record) -> None:
-        extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
-        for i, moments in self.adam.state_dict()["state"].items():
-            extra |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-        theta = {k: p.detach().clone() for k, p in self._theta()}
-        extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
-        self._describe(record)
-        if path.exists():
-            aside = previous(path).with_suffix(".part")
-            shutil.copyfile(path, aside)  # not moved: a run killed here must find its checkpoint
-            aside.replace(previous(path))
+    Where n is too much for the memory, the same update is tried again with half as many, which is then returned.
+    """
+    before = {p: g.get_state() for p, g in state.generators.items()}
+    while True:
+        state.adam.zero_grad()
         try:
-            self._fill(self.average)  # what a reader of the checkpoint samples with
-            self.model.save(path, **extra)
-        finally:
-            self._fill(theta)
+            seen = gradients(state, f, images, sigma, n)
+            break
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+        n = (n + 1) // 2  # outside of `except`, which still holds the tensors of the attempt
+        warnings.warn(f"{state.model.device} is out of memory: {n} images at once from now on", stacklevel=2)
+        for p, g in state.generators.items():
+            g.set_state(before[p])
 
-    def finish(self, record: Record) -> None:
-        self._describe(record)
-        self._fill(self.average)
+    θ = [p for p in state.model.f.parameters() if p.grad is not None]
+    seen, *grads = summed([seen, *[p.grad for p in θ]])
+    for p, grad in zip(θ, grads, strict=True):
+        p.grad = grad
+    for group in state.adam.param_groups:
+        group["lr"] = rate
+    state.adam.step()
+    return *seen.tolist(), n
 
-    def _describe(self, record: Record) -> None:
-        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
-        settings["betas"] = list(settings["betas"])  # as JSON gives them back
-        settings |= self.circumstances
-        self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
 
-    @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for k, p in self._theta() if values else ():
-            p.copy_(values[k])
+def gradients(state: State, f: nn.Module, images: Tensor, sigma: float, n: int) -> Tensor:
+    """The loop's lines 1 to 4 for this rank's share: adds its part of −∂d/∂θ to .grad; its part of (d, grad_norm, way).
 
-    def restore(self, path: Path) -> None:
-        meta, tensors = read(path)
-        stored = meta["training"].get("config")
-        if stored is None or "generator.data" not in tensors:
-            raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
-        for name in [f.name for f in fields(TrainConfig) if f.name not in NOT_COMPARED]:
-            asked = getattr(self.config, name)
-            asked = list(asked) if isinstance(asked, tuple) else asked
-            if stored.get(name) != asked:
-                raise ValueError(f"{path} was trained with {name}={stored.get(name)!r}, the config says {asked!r}: "
-                                 "set it back, or pass resume=False to start anew")  # fmt: skip
-        for name, here in self.circumstances.items():
-            if stored.get(name) != here:
-                raise ValueError(f"{path} was trained with {name} {stored.get(name)}, not {here}: give the same")
-        for name, here in json.loads(json.dumps(self.model.config)).items():
-            if meta[name] != here:
-                raise ValueError(f"{path} holds a model with {name} {meta[name]}, the model at hand has {here}")
-        self.model.f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
-        theta = "theta." if self.average else "f."
-        self._fill({k: tensors[theta + k] for k, _ in self._theta()})
-        for k, average in self.average.items():
-            average.copy_(tensors["f." + k])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name in [k for k in tensors if k.startswith("adam.")]:
-            _, i, key = name.split(".")
-            layout = self.adam.param_groups[0]["params"][int(i)] if tensors[name].ndim else tensors[name]
-            moments.setdefault(int(i), {})[key] = torch.empty_like(layout).copy_(tensors[name])  # channels_last again
-        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
-        for purpose, g in self.generators.items():
-            g.set_state(tensors[f"generator.{purpose}"])
-        self.model.training = meta["training"]
-        self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
-        if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
-            self._fill(self.average)
+    Every rank draws the whole batch's randomness, so a share does not depend on how many ranks there are.
+    """
+    model, g, m = state.model, state.generators, state.config.batch_size
+    device, mine, shape = model.device, share(m), (m, *model.shape)
+    x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"])[mine].to(images.device)].to(device))
+    z = model.prior.draw(shape, g["z"])[mine].to(device)
+    x_plus = x_plus + sigma * randn(shape, g["sigma"])[mine].to(device)
+    before, seen = g["u"].get_state(), 0.0
+    for start in range(0, len(z), n):
+        g["u"].set_state(before)  # each part sees its own rows of the same noise
+        part = slice(start, start + n)
+        U = (randn(shape, g["u"])[mine][part].to(device) for _ in range(model.kernel.steps))
+        norms, x_part = [], x_plus[part]
+        for x_minus, df_dx in langevin_chain(f, z[part], model.kernel, U):
+            norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
+        f_plus, f_minus = f(torch.cat([x_part, x_minus])).split(len(x_part))  # one forward pass for both
+        d, weight = f_plus.mean() - f_minus.mean(), len(x_part) / m
+        (-d * weight).backward()  # Adam descends, eq. (6) ascends
+        way = (x_part - z[part]).flatten(1).norm(dim=1).mean()
+        seen = seen + weight * torch.stack([d.detach(), torch.stack(norms).mean(), way])
+    return seen
+
+
+def randn(shape: tuple, generator: torch.Generator) -> Tensor:
+    """N(0, I), on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)

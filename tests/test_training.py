@@ -6,17 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Generator
 
-from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, train
+from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, observed, train
 from srmcmc_lib.data import to_float
-from srmcmc_lib.recipes import grow
+from srmcmc_lib.recipes import grow, learning_curves
 from srmcmc_lib.records import read_log
+from srmcmc_lib.training import WATCHED, check
 
 IMAGES = torch.randint(0, 256, (20, 1, 8, 8), generator=Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -442,6 +445,59 @@ def test_divergence_is_raised_and_the_last_checkpoint_stays(tmp_path, steps):
         assert before.training["last"]["step"] == steps_done - 1
     assert [r.step for r in read_log(c.log)] == [*range(1, steps_done + 1)]
     assert all(p.requires_grad for p in model.f.parameters())
+
+
+def steps_until_the_alarm(K: int, way: float, records, **settings) -> int | None:
+    """The update at which `check` stops a run with these records; the way ‖x⁺ − z‖ is that of its data."""
+    ratios = deque(maxlen=WATCHED)
+    for r in records:
+        ratios.append(K * r.grad_norm / way)
+        state = SimpleNamespace(step=r.step - 1, config=TrainConfig(checkpoint="c.safetensors", **settings))
+        try:
+            check(r.d, r.grad_norm, ratios, state, r.rate, r.sigma)
+        except FloatingPointError as error:
+            assert str(error).startswith(f"learning is about to diverge at update {r.step}:")
+            assert "ShortRun.load('c.previous.safetensors')" in str(error) and f"alarm={state.config.alarm}" in str(
+                error
+            )
+            return r.step
+    return None
+
+
+@pytest.fixture(scope="module")
+def way() -> float:
+    """Mean ‖x⁺ − z‖ of Fashion-MNIST at 32×32 (its first 1,000 embedded images)."""
+    x = to_float(observed("fashion_mnist_mini", limit=1_000))
+    return (x - Uniform().draw(x.shape, Generator().manual_seed(0))).flatten(1).norm(dim=1).mean().item()
+
+
+def test_the_alarm_stays_silent_on_the_shipped_healthy_runs(way):
+    curves = learning_curves("fashion_mnist_mini")
+    assert [len(records) for _, records in curves] == [1200, 450]
+    assert [steps_until_the_alarm(K, way, records) for K, records in curves] == [None, None]
+    assert None not in [steps_until_the_alarm(K, way, records, alarm=1.1) for K, records in curves]
+
+
+def test_the_alarm_fires_before_d_explodes_on_a_run_that_diverged(way):
+    """diverged.csv: K = 10, σ = 0.1, rate 1e-3, m = 32, n_f = 8, 32×32; |d| passes 1,000 at update 321."""
+    records = read_log(Path(__file__).parent / "diverged.csv")
+    fired = steps_until_the_alarm(10, way, records)
+    assert 200 < fired < len(records) - 20
+    assert max(abs(r.d) for r in records[:fired]) < 40 < max(abs(r.d) for r in records)
+
+
+def test_the_alarm_stops_train_and_can_be_switched_off(tmp_path):
+    """f(x) = w·x with so large a step that the path K·s·‖w‖ is about three times ‖x⁺ − z‖, while d stays small."""
+    torch.manual_seed(0)
+    model = ShortRun(Plain(), Langevin(2, 17.0, 0.0))
+    c = config(updates=WATCHED + 3, rate=1e-6, checkpoint=str(tmp_path / "c.safetensors"), checkpoint_every=5)
+    seen = []
+    with pytest.raises(FloatingPointError, match=f"about to diverge at update {WATCHED}:.*previous"):
+        for record in train(model, IMAGES, c):
+            seen.append(record)
+    assert len(seen) == WATCHED - 1 and ShortRun.load(c.checkpoint, f=Plain()).training["last"]["step"] == 15
+    rest = list(train(ShortRun(Plain(), Langevin(2, 17.0, 0.0)), IMAGES, replace(c, alarm=None)))
+    assert [r.step for r in rest] == list(range(16, WATCHED + 4))
 
 
 def test_a_run_is_not_resumed_with_other_images(tmp_path):

@@ -1,0 +1,121 @@
+"""All that a stopped run needs to go on as if it had never stopped, written beside θ in the checkpoint."""
+
+import json
+import shutil
+import zlib
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from .checkpoint import read
+from .records import Record
+from .shortrun import ShortRun
+
+PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
+NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress", "channels_last", "compile", "sub_batch",
+                "alarm"}  # may change between stop and resume  # fmt: skip
+
+
+def previous(checkpoint: str | Path) -> Path:
+    """Where the checkpoint before the last one is kept: NAME.previous.safetensors."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+class State:
+    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters.
+
+    Three generators draw on the model's device: K·m images of noise an update, drawn on the CPU, would take longer than
+    a GPU's chain does (benchmarks/scale.py), and a run could not be repeated to the bit on another device anyway.
+    """
+
+    def __init__(self, model: ShortRun, config, images: Tensor):
+        self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
+        self.adam = torch.optim.Adam(model.f.parameters(), lr=config.rate, betas=config.betas)
+        devices = ["cpu", *[model.device] * 3]  # the images stay in the host's memory
+        self.generators = {
+            p: Generator(d).manual_seed(4 * config.seed + i)
+            for i, (p, d) in enumerate(zip(PURPOSES, devices, strict=True))
+        }
+        self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
+        # what a resumed run must share besides its settings: generators differ between devices
+        checksum = zlib.crc32(images.cpu().contiguous().numpy())
+        self.circumstances = {"images": [len(images), checksum], "device": model.device.type}
+
+    def _theta(self):
+        return self.model.f.named_parameters()
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))  # the first updates are soon forgotten
+        for k, p in self._theta() if self.average else ():
+            self.average[k].lerp_(p, 1 - decay)
+
+    def save(self, path: Path, record: Record) -> None:
+        extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
+        for i, moments in self.adam.state_dict()["state"].items():
+            extra |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        theta = {k: p.detach().clone() for k, p in self._theta()}
+        extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
+        self._describe(record)
+        if path.exists():
+            aside = previous(path).with_suffix(".part")
+            shutil.copyfile(path, aside)  # not moved: a run killed here must find its checkpoint
+            aside.replace(previous(path))
+        try:
+            self._fill(self.average)  # what a reader of the checkpoint samples with
+            self.model.save(path, **extra)
+        finally:
+            self._fill(theta)
+
+    def finish(self, record: Record) -> None:
+        self._describe(record)
+        self._fill(self.average)
+
+    def _describe(self, record: Record) -> None:
+        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
+        settings["betas"] = list(settings["betas"])  # as JSON gives them back
+        settings |= self.circumstances
+        self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for k, p in self._theta() if values else ():
+            p.copy_(values[k])
+
+    def restore(self, path: Path) -> None:
+        meta, tensors = read(path)
+        stored = meta["training"].get("config")
+        if stored is None or "generator.data" not in tensors:
+            raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
+        for name, default in [(f.name, f.default) for f in fields(self.config) if f.name not in NOT_COMPARED]:
+            asked, was = getattr(self.config, name), stored.get(name, default)  # older checkpoints lack newer settings
+            asked = list(asked) if isinstance(asked, tuple) else asked
+            if was != asked:
+                raise ValueError(f"{path} was trained with {name}={was!r}, the config says {asked!r}: "
+                                 "set it back, or pass resume=False to start anew")  # fmt: skip
+        for name, here in self.circumstances.items():
+            if stored.get(name) != here:
+                raise ValueError(f"{path} was trained with {name} {stored.get(name)}, not {here}: give the same")
+        for name, here in json.loads(json.dumps(self.model.config)).items():
+            if meta[name] != here:
+                raise ValueError(f"{path} holds a model with {name} {meta[name]}, the model at hand has {here}")
+        self.model.f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
+        theta = "theta." if self.average else "f."
+        self._fill({k: tensors[theta + k] for k, _ in self._theta()})
+        for k, average in self.average.items():
+            average.copy_(tensors["f." + k])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in [k for k in tensors if k.startswith("adam.")]:
+            _, i, key = name.split(".")
+            layout = self.adam.param_groups[0]["params"][int(i)] if tensors[name].ndim else tensors[name]
+            moments.setdefault(int(i), {})[key] = torch.empty_like(layout).copy_(tensors[name])  # channels_last again
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        for purpose, g in self.generators.items():
+            g.set_state(tensors[f"generator.{purpose}"])
+        self.model.training = meta["training"]
+        self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
+        if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
+            self._fill(self.average)
