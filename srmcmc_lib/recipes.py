@@ -19,6 +19,7 @@ from torch import nn
 from . import paths
 from .checkpoint import find
 from .data import observed
+from .devices import PRECISIONS, ranks
 from .energy import EnergyNet
 from .langevin import Langevin
 from .profiles import Loader
@@ -47,9 +48,13 @@ def read_recipe(name: str) -> dict:
     return recipe
 
 
-def run(name: str, work: Path, out: Path) -> Path:
+def run(name: str, work: Path, out: Path, **options) -> Path:
     """Trains the stages of a recipe in `work` (checkpoints and logs), then writes NAME.safetensors, its log (.csv) and
-    its card (.json) to `out`; returns the weights' path."""
+    its card (.json) to `out`; returns the weights' path.
+
+    It learns on the GPU where there is one, and on all of those that `accelerate launch` or notebook_launcher gave.
+    `options` are settings of TrainConfig that go before the recipe's: precision, compile, sub_batch, alarm.
+    """
     recipe = read_recipe(name)
     images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
     torch.manual_seed(recipe["seed"])
@@ -60,12 +65,15 @@ def run(name: str, work: Path, out: Path) -> Path:
             model = ShortRun(EnergyNet(**recipe["network"]), Langevin(steps), dataset=recipe["dataset"])
         else:
             model = grow(model, steps)
-        model.training = {}
+        model.to(ranks().device).training = {}
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
-        config = TrainConfig(**{k: v for k, v in settings.items() if k != "steps"}, seed=recipe["seed"], **files)
+        settings = {k: v for k, v in settings.items() if k != "steps"} | options
+        config = TrainConfig(**settings, seed=recipe["seed"], **files)
         for _ in train(model, images, config):  # nothing to do where an earlier run had finished this stage
             pass
         logs.append(Path(config.log))
+    if not ranks().is_main_process:
+        return out / f"{name}.safetensors"
     seconds = sum(read_log(log)[-1].seconds for log in logs)
     card = {
         "recipe": recipe,
@@ -109,5 +117,9 @@ if __name__ == "__main__":
     parser.add_argument("name", help="a recipe of srmcmc_lib/pretrained")
     parser.add_argument("--work", type=Path, help="checkpoints of a run under way (default: checkpoints/NAME)")
     parser.add_argument("--out", type=Path, default=paths.PRETRAINED, help="where the finished files go")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of f and its gradient (default: the recipe's)")
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile f")
+    parser.add_argument("--sub-batch", type=int, help="images a device takes at once (default: what its memory holds)")
     args = parser.parse_args()
-    print(run(args.name, args.work or paths.checkpoints() / args.name, args.out))
+    options = {k: v for k in ("precision", "compile", "sub_batch") if (v := getattr(args, k)) is not None}
+    print(run(args.name, args.work or paths.checkpoints() / args.name, args.out, **options))
