@@ -287,14 +287,22 @@ def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[st
 
 
 def moment_learning(curves: dict[str, np.ndarray], smooth: int = 5) -> Figure:
-    """The relative moment error of each update's batch against the update, by label, [updates] each; running means."""
+    """The relative moment error of each update's batch, by label, with running means; dashed where K changes.
+
+    Args:
+        curves: anything with "steps" (K) and "relative", [updates] each.
+        smooth: updates in the running mean, which starts anew with each K.
+    """
     figure, ax = _subplots(figsize=(6.5, 3), layout="constrained")
-    for i, (label, values) in enumerate(curves.items()):
-        window = min(smooth, len(values))
-        step = np.arange(1, len(values) + 1)
-        ax.semilogy(step, values, color=f"C{i}", lw=0.6, alpha=0.5)
-        mean = np.convolve(values, np.ones(window) / window, "valid")
-        ax.semilogy(step[window - 1 :], mean, color=f"C{i}", lw=1.6, label=label)
+    for i, (label, curve) in enumerate(curves.items()):
+        K, relative = np.asarray(curve["steps"]), np.asarray(curve["relative"])
+        ax.semilogy(np.arange(1, len(K) + 1), relative, color=f"C{i}", lw=0.6, alpha=0.5)
+        for part in np.split(np.arange(len(K)), np.flatnonzero(np.diff(K)) + 1):
+            window = min(smooth, len(part))
+            mean = np.convolve(relative[part], np.ones(window) / window, "valid")
+            ax.semilogy(part[window - 1 :] + 1, mean, color=f"C{i}", lw=1.6, label=label if part[0] == 0 else None)
+            if part[0]:
+                ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls="--")
     ax.set(xlabel="update", ylabel="relative moment error of a batch")
     ax.legend(frameon=False, fontsize=8)
     return figure
