@@ -14,7 +14,6 @@ less well is left out, so the speed-ups are upper bounds.
 """
 
 import argparse
-import statistics
 import time
 
 import torch
@@ -77,7 +76,7 @@ class Counter(TorchDispatchMode):
 
 
 def measured(image_size: int, width: int, K: int, m: int, repeats: int) -> tuple[int, float]:
-    """FLOPs of an update by torch's counter, and its CPU seconds on one thread (the median of some)."""
+    """FLOPs of an update by torch's counter, and its CPU seconds on one thread (the least of some)."""
     model = ShortRun(EnergyNet(3, image_size, width=width), Langevin(K))
     images = torch.zeros(m, 3, image_size, image_size, dtype=torch.uint8)
     state = State(model, TrainConfig(batch_size=m), images)
@@ -85,10 +84,10 @@ def measured(image_size: int, width: int, K: int, m: int, repeats: int) -> tuple
         gradients(state, model.f, images, 0.03, m)
     seconds = []
     for _ in range(repeats):
-        start = time.process_time()  # of this process: others on the machine matter little
+        start = time.process_time()  # of this process
         gradients(state, model.f, images, 0.03, m)
         seconds.append(time.process_time() - start)
-    return counter.flops, statistics.median(seconds)
+    return counter.flops, min(seconds)
 
 
 def check(K: int, m: int, repeats: int) -> None:
