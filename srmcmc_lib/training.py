@@ -27,8 +27,7 @@ class TrainConfig:
     """Settings of Algorithm 1. The defaults for rate, σ, m and Adam are those of the authors' public code.
 
     Attributes:
-        updates: T, the number of updates in all, those before a resume included. A lowered schedule is stretched to
-            it, so prolonging a finished run continues it exactly only where rate and sigma are constant.
+        updates: T, the number of updates in all, those before a resume included.
         batch_size: m, observed and synthesised images per update.
         rate: η, Adam's learning rate.
         sigma: σ, the standard deviation of the noise added to observed images (range [-1, 1]). The smaller the
@@ -36,6 +35,8 @@ class TrainConfig:
         rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
         lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice: the
             paper only says "gradually"). 0 lowers over the whole run.
+        horizon: the updates to which the schedules are stretched; None: `updates`. A run that stops short of its
+            horizon can be prolonged later as if it had never stopped.
         betas: Adam's β_1 and β_2.
         average: decay of a running average of θ that replaces θ in checkpoints and at the end; 0 for none (the
             paper's). Learning itself never sees the average.
@@ -61,6 +62,7 @@ class TrainConfig:
     rate_final: float | None = None
     sigma_final: float | None = None
     lower_from: float = 0.8
+    horizon: int | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     average: float = 0.0
     seed: int = 0
@@ -75,9 +77,9 @@ class TrainConfig:
     alarm: float | None = 1.6
 
     def __post_init__(self):
-        for name in ("updates", "batch_size", "checkpoint_every", "sub_batch"):
+        for name in ("updates", "batch_size", "checkpoint_every", "sub_batch", "horizon"):
             value = getattr(self, name)
-            if name == "sub_batch" and value is None:
+            if name in ("sub_batch", "horizon") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -101,7 +103,7 @@ class TrainConfig:
         """The value of a schedule at update `step` (0 … updates − 1)."""
         if final is None:
             return start
-        progress = (step / self.updates - self.lower_from) / max(1 - self.lower_from, 1e-12)
+        progress = (step / (self.horizon or self.updates) - self.lower_from) / max(1 - self.lower_from, 1e-12)
         return final + (start - final) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 

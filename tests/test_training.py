@@ -369,6 +369,13 @@ def test_rate_and_sigma_are_constant_by_default():
     assert {(r.rate, r.sigma) for r in records} == {(1e-3, 0.05)}
 
 
+def test_a_run_that_stops_short_of_its_horizon_follows_the_longer_schedule():
+    short, whole = TrainConfig(updates=40, horizon=100, lower_from=0.2), TrainConfig(updates=100, lower_from=0.2)
+    rates = [[c.scheduled(0.3, 0.1, step) for step in range(40)] for c in (short, whole)]
+    assert rates[0] == rates[1] and rates[0][-1] < 0.3
+    assert rates[0] != [replace(short, horizon=None).scheduled(0.3, 0.1, step) for step in range(40)]
+
+
 @pytest.mark.parametrize(("lower_from", "constant"), [(0.0, 1), (0.5, 51), (0.8, 81)])
 def test_lowered_schedules_are_constant_then_fall_to_the_final_value(lower_from, constant):
     c = TrainConfig(updates=101, lower_from=lower_from)
