@@ -66,12 +66,16 @@ def memory(args) -> None:
     plain = {k: peak_bytes(autograd_gradient, problem("silu", k)) for k in STEPS[:3]}
     closed = {k: peak_bytes(residual_gradient, problem("silu", k)) for k in STEPS}
     peaks = {k: peak_bytes(chain_gradient, problem("silu", k)) for k in STEPS}
-    one_step = peak_bytes(chain_gradient, problem("silu", 1))
+    one_step, batch = peak_bytes(chain_gradient, problem("silu", 1)), problem("silu", 1)[2].nbytes
+    held = {k: 2 + (peaks[k] - one_step) / batch for k in STEPS}  # at K = 1 it holds two: the first state, and v
     for k in STEPS:
-        graph = f"{plain[k] / 1e6:8.1f} MB" if k in plain else "       not run"
-        print(f"K = {k:3}: checkpointed {peaks[k] / 1e6:6.2f} MB, closed form {closed[k] / 1e6:6.2f} MB, graph {graph}")
-    for name, offset in (("peak", 0), (f"peak less one step's {one_step / 1e6:.2f} MB", one_step)):
-        exponent = np.polyfit(np.log(STEPS), np.log([peaks[k] - offset for k in STEPS]), 1)[0]
+        graph = f"{plain[k] / 1e6:.1f} MB" if k in plain else "not run"
+        print(
+            f"K = {k:3}: checkpointed {peaks[k] / 1e6:.2f} MB, in it {held[k]:.1f} batches of images (2√K = "
+            f"{2 * k**0.5:.1f}); closed form {closed[k] / 1e6:.2f} MB; torch's graph {graph}"
+        )
+    for name, values in (("peak", peaks), ("images held", held)):
+        exponent = np.polyfit(np.log(STEPS), np.log([values[k] for k in STEPS]), 1)[0]
         print(f"checkpointed: {name} ∝ K^{exponent:.2f} (aim: at most 0.5)")
 
 

@@ -115,7 +115,7 @@ def test_planes_share_one_scale_and_put_the_first_axis_across():
 
 def test_bands_show_the_median_the_middle_and_the_worst():
     values = np.arange(22.0).reshape(2, 11) + 1  # eleven images at two places
-    (axes,) = plots.bands({"a": (np.array([0, 1]), values)}, "t", "error").axes
+    (axes,) = plots.bands({"a": (range(2), torch.from_numpy(values))}, "t", "error").axes
     median, worst = axes.lines
     assert median.get_ydata().tolist() == [6.0, 17.0] and worst.get_ydata().tolist() == [11.0, 22.0]
     (band,) = axes.collections
