@@ -45,15 +45,16 @@ def embed(images: Tensor, space: str = "classifier", batch_size: int = 250) -> t
     """
     if space not in NAMES:
         raise ValueError(f"space={space!r} is unknown; choose one of {', '.join(NAMES)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if space == "classifier":
-        h, model = features(), load_classifier()
+        h, model = features().to(device), load_classifier()
         check_images(images, (model.channels, model.image_size, model.image_size))
-        parts = [h(to_float(part)) for part in images.split(batch_size)]
-        return torch.cat(parts), model.linear(torch.cat(parts))
+        parts = torch.cat([h(to_float(part, device)).cpu() for part in images.split(batch_size)])
+        return parts, model.linear(parts)
     check_images(images, images.shape[1:])
-    net = _inception()
-    parts = [net(part.expand(-1, 3, -1, -1)) for part in images.split(batch_size)]
-    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+    net = _inception().to(device)
+    parts = [net(part.to(device).expand(-1, 3, -1, -1)) for part in images.split(batch_size)]
+    return tuple(torch.cat(p).cpu() for p in zip(*parts, strict=True))
 
 
 def _inception() -> nn.Module:
