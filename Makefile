@@ -24,11 +24,12 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # A kernelspec "python3" in the user's home must not take the notebooks to another interpreter.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help figures test lab notebooks lock active-environment
+.PHONY: help figures test checkpoints lab notebooks lock active-environment
 
 help:
 	@echo 'make figures    run the notebooks of profiles/$$PROFILE.yaml (PROFILE=cpu) that changed; write figures/'
 	@echo 'make test       ruff, pytest, and every notebook through nbval'
+	@echo 'make checkpoints  learn every shipped model again from nothing, into checkpoints/retrained/ (hours)'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make notebooks  execute the notebooks in place, so that their committed outputs are true'
 	@echo 'make lock       renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
@@ -51,6 +52,9 @@ test: $(ENV)
 	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest
 	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=900 notebooks/
+
+checkpoints: $(ENV)
+	"$(PYTHON)" -m snakemake checkpoints --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all
 
 lab: $(ENV)
 	"$(PYTHON)" -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -1,4 +1,5 @@
 # The graph behind `make figures`: one job an entry of profiles/<profile>.yaml, and a page with all their figures.
+# `make checkpoints` is the target "checkpoints": every shipped model, learned again from nothing.
 import json
 import os
 import shlex
@@ -90,3 +91,40 @@ rule notebook:
         runtime=RESOURCES["runtime"],
     shell:
         "env {params.env} {params.python:q} -m srmcmc_lib.runner {params.command} --cell-timeout {params.timeout}"
+
+
+RETRAINED = Path("checkpoints/retrained")  # beside the shipped ones, not in their place
+RECIPES = sorted(p.stem for p in Path("srmcmc_lib/pretrained").glob("*.yaml"))
+
+
+rule checkpoints:
+    input:
+        expand(str(RETRAINED / "{model}.safetensors"), model=["fashion_mnist_classifier", *RECIPES]),
+
+
+rule model:
+    input:
+        "srmcmc_lib/pretrained/{model}.yaml",
+    output:
+        str(RETRAINED / "{model}.safetensors"),
+    wildcard_constraints:
+        model="|".join(RECIPES),
+    params:
+        python=sys.executable,
+        out=str(RETRAINED),
+    resources:
+        gpu=RESOURCES["gpu"],
+        mem_mb=RESOURCES["mem_mb"],
+        runtime=RESOURCES["runtime"],
+    shell:  # one thread, as the shipped ones were learned; a stopped run goes on from checkpoints/<model>/
+        "env OMP_NUM_THREADS=1 {params.python:q} -m srmcmc_lib.recipes {wildcards.model} --out {params.out:q}"
+
+
+rule classifier:
+    output:
+        str(RETRAINED / "fashion_mnist_classifier.safetensors"),
+    params:
+        python=sys.executable,
+        out=str(RETRAINED),
+    shell:
+        "env OMP_NUM_THREADS=1 {params.python:q} -m srmcmc_lib.classifier --out {params.out:q}"
