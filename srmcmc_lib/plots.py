@@ -319,8 +319,8 @@ def moment_scatter(matches: dict[str, Sequence]) -> Figure:
     )
     for (top, bottom), (title, m) in zip(axes.T, matches.items(), strict=True):
         data, start, reached, error = (np.asarray(v) for v in (m.data, m.start, m.reached, m.error))
-        ends = [0, 1.05 * max(data.max(), start.max(), reached.max())]
-        top.plot(ends, ends, color="k", lw=0.6)
+        ends = np.array([data.min(), data.max()])
+        top.plot(ends, ends, color="k", lw=0.8, label="equal")
         top.plot(data, start, "o", color="C0", mfc="none", ms=4, mew=0.8, label="before: $p_0$")
         top.errorbar(data, reached, 4 * error, fmt="o", color="C3", ms=3, elinewidth=1, label=r"after: $q_\theta$")
         top.set(title=title, ylabel=r"$E_{q}[h_i]$", xlabel=r"$E_{data}[h_i]$")
