@@ -96,8 +96,8 @@ class Learning(NamedTuple):
 
 
 def learn(
-    model: ShortRun, data: Tensor, updates: int, batch_size: int = 64, rate: float = 0.3, decay: float = 20.0,
-    damping: float = 0.005, renew: int = 12, seed: int = 0,
+    model: ShortRun, data: Tensor, images: Tensor, updates: int, batch_size: int = 64, rate: float = 0.3,
+    decay: float = 20.0, damping: float = 0.005, renew: int = 12, seed: int = 0,
 ) -> Iterator[Learning]:  # fmt: skip
     """Algorithm 1 for f_θ = <θ, h>, with two changes that d numbers instead of a network's weights make possible.
 
@@ -109,6 +109,8 @@ def learn(
     Args:
         model: with a LinearEnergy, learned in place from the θ it has.
         data: E_data[h], [d].
+        images: at least 8 observed images, uint8 [n, C, H, W]: at θ = 0 they stand for the end of the path, where the
+            chains are to be, in the first G. (With p_0 alone the first step was so long that learning diverged.)
         updates, batch_size: T, and chains an update.
         rate, decay: η_0 > 0, and the update at which it starts to fall.
         damping: λ as a fraction of G's largest eigenvalue.
@@ -119,17 +121,18 @@ def learn(
         raise ValueError("rate, decay and damping must be positive and updates at least 1")
     g, θ, scale = Generator().manual_seed(seed), model.f.theta.detach().clone(), model.kernel.steps
     scale *= model.kernel.step_size
-    mean = θ
+    mean, first = θ, None
     for t in range(updates):
         if t % renew == 0:
             path = list(model.trajectory(model.draw_z(8, g), g))
-            G = gram(model.f.h, torch.cat([path[len(path) // 2], path[-1]]))
+            G = gram(model.f.h, torch.cat([path[len(path) // 2], path[-1] if θ.any() else to_float(images[:8])]))
             solve = torch.linalg.inv(G + damping * torch.linalg.matrix_norm(G, 2) * torch.eye(len(G), device=G.device))
         path = list(model.trajectory(model.draw_z(batch_size, g), g))
         moved = torch.stack(path[1:]) - torch.stack(path[:-1])
         Δ = data - responses(model.f.h, path[-1]).mean(0)
-        if not Δ.isfinite().all():
-            raise FloatingPointError(f"learning diverged at update {t + 1}: take a rate below {rate:g}")
+        first = Δ.norm() if first is None else first
+        if not Δ.norm() < 10 * first:
+            raise FloatingPointError(f"learning diverged at update {t + 1}: take a rate below {rate:g} or more damping")
         θ = θ + rate / (1 + t / decay) ** (2 / 3) / scale * (solve @ Δ)
         mean = mean + 4 / (t + 4) * (θ - mean)
         with torch.no_grad():
@@ -159,7 +162,8 @@ def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
             model = model.with_steps(stage.pop("steps"))
             with torch.no_grad():
                 model.f.theta.mul_(K / model.kernel.steps)
-            for r in tqdm(learn(model, data, seed=recipe["seed"] + i, **stage), desc=f"K = {model.kernel.steps}"):
+            updates = learn(model, data, images, seed=recipe["seed"] + i, **stage)
+            for r in tqdm(updates, total=stage["updates"], desc=f"K = {model.kernel.steps}"):
                 step += 1
                 table.writerow([step, model.kernel.steps, (r.delta.norm() / unit).item(), r.force])
                 file.flush()
