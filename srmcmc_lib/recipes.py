@@ -2,7 +2,8 @@
 
 A recipe, pretrained/NAME.yaml, names the data, the network, the seed of θ_0, and stages of learning. Stages after the
 first start from the model that `grow` makes of the one before: short chains are cheap, and the last stage has the K
-that is shipped. A stopped run goes on where its last checkpoint was.
+that is shipped. A stopped run goes on where its last checkpoint was. Instead of stages, `moments` lists settings of
+`moments.learn`; the network is then a LinearEnergy. `select` says which checkpoint of the last stage is shipped.
 """
 
 import argparse
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from . import paths
+from . import moments, paths
 from .checkpoint import find
-from .data import observed
+from .data import observed, to_uint8
 from .devices import PRECISIONS, ranks
 from .energy import EnergyNet
 from .langevin import Langevin
+from .metrics import embed, scores
 from .profiles import Loader
 from .records import Record, read_log
 from .shortrun import ShortRun
@@ -37,7 +39,9 @@ def read_recipe(name: str) -> dict:
         there = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
         raise FileNotFoundError(f"no recipe {name!r}; there are {there}")
     recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
-    if recipe.keys() != KEYS:
+    if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
+        return recipe
+    if recipe.keys() - {"select"} != KEYS:
         raise ValueError(f"{path}: the keys must be {sorted(KEYS)}, got {sorted(recipe)}")
     known = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps"}
     for stage in recipe["stages"]:
@@ -45,6 +49,8 @@ def read_recipe(name: str) -> dict:
             raise ValueError(f"{path}: unknown setting {sorted(unknown)}; known are {sorted(known)}")
         if missing := {"steps", "updates"} - stage.keys():
             raise ValueError(f"{path}: a stage lacks {sorted(missing)}")
+    if (rule := recipe.get("select")) is not None and rule.keys() != {"first", "samples", "seed"}:
+        raise ValueError(f"{path}: select needs first, samples and seed, got {sorted(rule)}")
     return recipe
 
 
@@ -56,7 +62,11 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     `options` are settings of TrainConfig that go before the recipe's: precision, compile, sub_batch, alarm.
     """
     recipe = read_recipe(name)
+    if "moments" in recipe:
+        return _ship(*moments.run(recipe, out / f"{name}.csv"), recipe, out / name)
     images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
+    if "select" in recipe:
+        embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
     torch.manual_seed(recipe["seed"])
     model, logs = None, []
     for i, settings in enumerate(recipe["stages"], start=1):
@@ -69,25 +79,47 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
         settings = {k: v for k, v in settings.items() if k != "steps"} | options
         config = TrainConfig(**settings, seed=recipe["seed"], **files)
-        for _ in train(model, images, config):  # nothing to do where an earlier run had finished this stage
-            pass
+        last = i == len(recipe["stages"])
+        for record in train(model, images, config):  # nothing to do where an earlier run had finished this stage
+            due = record.step % config.checkpoint_every == 0 or record.step == config.updates
+            if last and "select" in recipe and due and record.step >= recipe["select"]["first"]:
+                shutil.copyfile(config.checkpoint, work / f"candidate-{record.step}.safetensors")
         logs.append(Path(config.log))
     if not ranks().is_main_process:
         return out / f"{name}.safetensors"
-    seconds = sum(read_log(log)[-1].seconds for log in logs)
+    if "select" in recipe:
+        model = select(sorted(work.glob("candidate-*.safetensors")), images, recipe["select"])
+    out.mkdir(parents=True, exist_ok=True)
+    for log in logs:
+        shutil.copyfile(log, out / f"{name}-{log.name}")
+    return _ship(model, len(images), sum(read_log(log)[-1].seconds for log in logs), recipe, out / name)
+
+
+def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path) -> Path:
     card = {
         "recipe": recipe,
-        "images": len(images),
+        "images": images,
         "hours": round(seconds / 3600, 3),
         "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
-    }
+    } | {k: v for k, v in model.training.items() if k in ("data", "start", "selection")}
     model.training = card
-    path = model.save(out / f"{name}.safetensors")
-    (out / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
-    for log in logs:
-        shutil.copyfile(log, out / f"{name}-{log.name}")
+    path = model.save(stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     return path
+
+
+def select(candidates: list[Path], images: Tensor, rule: dict) -> ShortRun:
+    """The checkpoint whose samples have the least classifier_frechet to the training images; held-out images play no
+    part. `rule` gives the number of samples and their seed. The distances go on the model's card."""
+    reference, distances = embed(images), {}
+    for path in candidates:
+        samples = to_uint8(ShortRun.load(path).sample(rule["samples"], rule["seed"]))
+        distances[path] = scores(embed(samples), reference)["classifier_frechet"]
+        print(f"{path.stem}: classifier_frechet {distances[path]:.2f}", flush=True)
+    model = ShortRun.load(min(distances, key=distances.get))
+    model.training["selection"] = {path.stem: value for path, value in distances.items()}
+    return model
 
 
 def grow(model: ShortRun, steps: int) -> ShortRun:
