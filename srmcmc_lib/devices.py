@@ -52,6 +52,8 @@ def same_start(f: nn.Module) -> None:
 
 def check_same(step: int) -> None:
     """ValueError, on every rank, where the ranks found different checkpoints to resume from."""
+    if ranks().num_processes == 1:
+        return
     mean, mean_square = reduce(torch.tensor([step, step**2], dtype=torch.float64, device=ranks().device)).tolist()
     if mean_square != mean**2:
         raise ValueError(f"rank {ranks().process_index} would resume from update {step}, others from another one: "

@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Generator, Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -22,6 +23,7 @@ NAMES = {
     "classifier": ("classifier_frechet", "classifier_kernel", "classifier_score"),
     "inception": ("FID", "KID", "IS"),
 }
+WIDTHS = {"classifier": 128, "inception": 2048}  # d, by which the features of one space are told from the other's
 
 
 class Given(nn.Module):
@@ -58,16 +60,13 @@ def embed(images: Tensor, space: str = "classifier", batch_size: int = 250) -> t
 
 
 def _inception() -> nn.Module:
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
+    """The network that torchmetrics' FID uses, asked for both its outputs at once."""
     try:
-        return NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048", "logits_unbiased"])
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     except OSError as error:  # urllib's errors are OSErrors
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-
         raise FileNotFoundError(
-            f"the Inception-v3 weights could not be fetched ({error}): put {url} in {torch.hub.get_dir()}/checkpoints "
-            "(92 MB), or use space='classifier', which is shipped"
+            f"the Inception-v3 weights could not be fetched ({error}): put {URL_INCEPTION_V3} in "
+            f"{torch.hub.get_dir()}/checkpoints (92 MB), or use space='classifier', which is shipped"
         ) from error
 
 
@@ -81,9 +80,16 @@ def scores(images: Tensor | tuple, reference: Tensor | tuple, space: str = "clas
 
     Returns:
         classifier_frechet, classifier_kernel, classifier_score (or FID, KID, IS), images and reference (their numbers).
+
+    Raises:
+        ValueError: as `embed`, or features of the other space.
     """
     h, logits = images if isinstance(images, tuple) else embed(images, space)
     h_reference, _ = reference if isinstance(reference, tuple) else embed(reference, space)
+    if (got := {h.shape[1], h_reference.shape[1]}) != {WIDTHS[space]}:
+        raise ValueError(
+            f"{space} space has {WIDTHS[space]} features, these have {sorted(got)}: embed them in it first"
+        )
     frechet = FrechetInceptionDistance(Given(h.shape[1]))
     subset = min(1_000, len(h), len(h_reference))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

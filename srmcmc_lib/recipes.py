@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ def read_recipe(name: str) -> dict:
         raise FileNotFoundError(f"no recipe {name!r}; there are {there}")
     recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
     if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
+        known = {"steps", *signature(moments.learn).parameters} - {"model", "data", "images", "seed"}
+        for stage in recipe["moments"]:
+            if stage.keys() - known or not {"steps", "updates"} <= stage.keys():
+                raise ValueError(
+                    f"{path}: a stage takes {sorted(known)}, steps and updates always; got {sorted(stage)}"
+                )
         return recipe
     if recipe.keys() - {"select"} != KEYS:
         raise ValueError(f"{path}: the keys must be {sorted(KEYS)}, got {sorted(recipe)}")
@@ -51,6 +58,8 @@ def read_recipe(name: str) -> dict:
             raise ValueError(f"{path}: a stage lacks {sorted(missing)}")
     if (rule := recipe.get("select")) is not None and rule.keys() != {"first", "samples", "seed"}:
         raise ValueError(f"{path}: select needs first, samples and seed, got {sorted(rule)}")
+    if rule and rule["first"] > recipe["stages"][-1]["updates"]:
+        raise ValueError(f"{path}: select starts at update {rule['first']}, after the last stage's end")
     return recipe
 
 
@@ -59,16 +68,23 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     its card (.json) to `out`; returns the weights' path.
 
     It learns on the GPU where there is one, and on all of those that `accelerate launch` or notebook_launcher gave.
-    `options` are settings of TrainConfig that go before the recipe's: precision, compile, sub_batch, alarm.
+    `options` are settings of TrainConfig that go before the recipe's: precision, compile, sub_batch, alarm. A recipe of
+    `moments` takes minutes: it runs on the CPU, without checkpoints or options.
     """
     recipe = read_recipe(name)
     if "moments" in recipe:
-        return _ship(*moments.run(recipe, out / f"{name}.csv"), recipe, out / name)
-    images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
+        if options:
+            raise ValueError(f"{', '.join(options)}: a recipe of moments, in one piece on the CPU, does not take them")
+        trained = moments.run(recipe, work / f"{name}.csv")
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work / f"{name}.csv", out / f"{name}.csv")
+        return _ship(*trained, recipe, out / name)
+    with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
+        images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
     if "select" in recipe:
         embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
     torch.manual_seed(recipe["seed"])
-    model, logs = None, []
+    model, logs, learned = None, [], None
     for i, settings in enumerate(recipe["stages"], start=1):
         steps = settings["steps"]
         if model is None:
@@ -79,20 +95,38 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
         settings = {k: v for k, v in settings.items() if k != "steps"} | options
         config = TrainConfig(**settings, seed=recipe["seed"], **files)
-        last = i == len(recipe["stages"])
+        if learned and Path(config.checkpoint).exists():
+            raise ValueError(f"{config.checkpoint} comes from an earlier {learned}: delete it, stage {i} starts anew")
+        candidates = _candidates(recipe, config, work) if i == len(recipe["stages"]) else {}
         for record in train(model, images, config):  # nothing to do where an earlier run had finished this stage
-            due = record.step % config.checkpoint_every == 0 or record.step == config.updates
-            if last and "select" in recipe and due and record.step >= recipe["select"]["first"]:
-                shutil.copyfile(config.checkpoint, work / f"candidate-{record.step}.safetensors")
+            learned = f"stage {i}"
+            if record.step in candidates and ranks().is_main_process:
+                _copy(config.checkpoint, candidates[record.step])
         logs.append(Path(config.log))
     if not ranks().is_main_process:
         return out / f"{name}.safetensors"
-    if "select" in recipe:
-        model = select(sorted(work.glob("candidate-*.safetensors")), images, recipe["select"])
+    if candidates:
+        _copy(config.checkpoint, candidates[config.updates])
+        model = select([path for path in candidates.values() if path.exists()], images, recipe["select"])
     out.mkdir(parents=True, exist_ok=True)
     for log in logs:
         shutil.copyfile(log, out / f"{name}-{log.name}")
     return _ship(model, len(images), sum(read_log(log)[-1].seconds for log in logs), recipe, out / name)
+
+
+def _candidates(recipe: dict, config: TrainConfig, work: Path) -> dict[int, Path]:
+    """The updates of the last stage whose checkpoints `select` compares, and where they are kept."""
+    if "select" not in recipe:
+        return {}
+    steps = range(config.checkpoint_every, config.updates + 1, config.checkpoint_every)
+    steps = [step for step in steps if step >= recipe["select"]["first"]]
+    return {step: work / f"candidate-{step}.safetensors" for step in [*steps, config.updates]}
+
+
+def _copy(source: str | Path, target: Path) -> None:
+    """Copies aside and renames, so that a run killed meanwhile leaves no half file."""
+    shutil.copyfile(source, target.with_suffix(".part"))
+    target.with_suffix(".part").replace(target)
 
 
 def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path) -> Path:
@@ -114,11 +148,12 @@ def select(candidates: list[Path], images: Tensor, rule: dict) -> ShortRun:
     part. `rule` gives the number of samples and their seed. The distances go on the model's card."""
     reference, distances = embed(images), {}
     for path in candidates:
-        samples = to_uint8(ShortRun.load(path).sample(rule["samples"], rule["seed"]))
+        model = ShortRun.load(path).to(ranks().device)
+        samples = to_uint8(model.sample(rule["samples"], rule["seed"]).cpu())
         distances[path] = scores(embed(samples), reference)["classifier_frechet"]
         print(f"{path.stem}: classifier_frechet {distances[path]:.2f}", flush=True)
-    model = ShortRun.load(min(distances, key=distances.get))
-    model.training["selection"] = {path.stem: value for path, value in distances.items()}
+    model = ShortRun.load(min(distances, key=distances.get)).to(ranks().device)
+    model.training["selection"] = {"classifier_frechet": {path.stem: value for path, value in distances.items()}}
     return model
 
 

@@ -96,6 +96,11 @@ class State:
             if was != asked:
                 raise ValueError(f"{path} was trained with {name}={was!r}, the config says {asked!r}: "
                                  "set it back, or pass resume=False to start anew")  # fmt: skip
+        now, then = (c["horizon"] or c["updates"] for c in (asdict(self.config), {"horizon": None, **stored}))
+        if now != then and (self.config.rate_final is not None or self.config.sigma_final is not None):
+            raise ValueError(
+                f"{path} lowered rate or sigma over {then} updates, the config over {now}: set horizon={then}"
+            )
         for name, here in self.circumstances.items():
             if stored.get(name) != here:
                 raise ValueError(f"{path} was trained with {name} {stored.get(name)}, not {here}: give the same")

@@ -85,7 +85,7 @@ def run(
         manifest = plan | {
             "seed": plan["parameters"].get("seed"),
             "seconds": round(time.perf_counter() - started, 1),
-            "device": platform.machine() + " CPU",  # where every notebook runs so far
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "versions": {package: _version(package) for package in ("srmcmc", "torch", "numpy")},

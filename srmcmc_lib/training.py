@@ -191,10 +191,13 @@ def check(d: float, grad_norm: float, ratios: deque[float], state: State, rate: 
                 f"K·s·‖∂f/∂x‖ was {ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm}.")  # fmt: skip
     else:
         return
+    older = ""
+    if config.checkpoint and previous(config.checkpoint).exists():
+        older = (f", or from ShortRun.load({str(previous(config.checkpoint))!r}) under another checkpoint name "
+                 "(the latest checkpoint may already be on its way out)")  # fmt: skip
     raise FloatingPointError(
         f"{what} Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, or another seed; "
-        f"start anew, or from ShortRun.load({str(previous(config.checkpoint or 'NAME'))!r}) under another checkpoint "
-        "name (the latest checkpoint may already be on its way out). alarm=None goes on regardless."
+        f"start anew{older}. alarm=None goes on regardless."
     )
 
 

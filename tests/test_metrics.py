@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from srmcmc_lib import observed
 from srmcmc_lib.metrics import class_histogram, embed, nearest_images, sanity_rows, scores
@@ -90,8 +91,8 @@ def test_names_of_the_two_spaces_never_mix(monkeypatch, embedded):
     class Stub(torch.nn.Module):
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.shape[1] == 3  # what Inception takes
-            h = x.float().flatten(1)[:, ::48]
-            return h, h[:, :10] / 255
+            h = x.float().flatten(1)[:, :2048]
+            return h, h[:, 1000:1010] / 255
 
     monkeypatch.setattr(metrics, "_inception", Stub)
     images = observed("fashion_mnist_mini", limit=100)
@@ -106,9 +107,23 @@ def test_inception_weights_that_cannot_be_fetched_are_named(monkeypatch):
     def no_network(*_, **__):
         raise URLError("no network")
 
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", no_network)
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
     with pytest.raises(FileNotFoundError, match=r"Inception-v3.*https://.*space='classifier'"):
         embed(observed("fashion_mnist_mini", limit=2), "inception")
+
+
+def test_inceptions_two_outputs_are_features_and_logits(monkeypatch):
+    """The real network, its weights random: those are all that CI cannot fetch."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    h, logits = embed(observed("fashion_mnist_mini", limit=3), "inception", batch_size=2)
+    assert h.shape == (3, 2048) and logits.shape == (3, 1008)
+
+
+def test_features_of_the_other_space_are_refused(embedded):
+    with pytest.raises(ValueError, match="inception space has 2048 features"):
+        scores(embedded["reference"], embedded["test images"], space="inception")
 
 
 def test_floats_and_other_sizes_are_refused():

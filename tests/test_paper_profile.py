@@ -15,7 +15,16 @@ from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, paths, profil
 
 ROOT = paths.PACKAGE.parent
 PAPER, SMOKE = (ROOT / "profiles" / f"{name}.yaml" for name in ("paper", "paper-smoke"))
-SIZES = {"width", "steps", "updates", "save_as"}  # in which the two profiles differ
+SIZES = {
+    "width",
+    "steps",
+    "batch_size",
+    "updates",
+    "precision",
+    "save_as",
+    "metric_space",
+    "metric_samples",
+}  # in which the two profiles differ
 
 
 @pytest.fixture

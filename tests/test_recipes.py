@@ -64,7 +64,14 @@ def test_the_checkpoint_nearest_to_the_training_images_is_shipped(tiny, tmp_path
     assert torch.equal(weights(path), weights(work / "candidate-5.safetensors"))
     assert not torch.equal(weights(path), weights(work / "candidate-4.safetensors"))
     card = json.loads((tmp_path / "out" / "tiny.json").read_text())
-    assert card["selection"] == {"candidate-4": 3.0, "candidate-5": 1.0}
+    assert card["selection"] == {"classifier_frechet": {"candidate-4": 3.0, "candidate-5": 1.0}}
+
+
+def test_a_stage_prolonged_under_finished_later_stages_is_refused(tiny, tmp_path):
+    recipes.run("tiny", tmp_path / "a", tmp_path / "out")
+    tiny(stages=[TINY["stages"][0] | {"updates": 4}, TINY["stages"][1]])
+    with pytest.raises(ValueError, match=r"stage2\.safetensors comes from an earlier stage 1: delete it"):
+        recipes.run("tiny", tmp_path / "a", tmp_path / "out")
 
 
 def test_a_rule_of_selection_without_its_numbers_is_refused(tiny):
