@@ -437,13 +437,12 @@ def test_divergence_is_raised_and_the_last_checkpoint_stays(tmp_path, steps):
         log=str(tmp_path / "l.csv"),
     )
     model, steps_done, last = tiny(steps=steps, width=8), 0, b""
-    with pytest.raises(
-        FloatingPointError, match=r"diverged at update \d+.*a rate below 0.3.*c\.previous\.safetensors"
-    ) as error:
+    with pytest.raises(FloatingPointError, match=r"diverged at update \d+.*a rate below 0\.3") as error:
         for record in train(model, IMAGES, c):
             steps_done, last = record.step, Path(c.checkpoint).read_bytes()
     assert steps_done >= 1 and f"at update {steps_done + 1}:" in str(error.value)
     assert Path(c.checkpoint).read_bytes() == last
+    assert ("c.previous.safetensors" in str(error.value)) == (steps_done > 1)  # named only where it is
     good = ShortRun.load(c.checkpoint)
     assert good.training["last"]["step"] == steps_done
     assert all(p.isfinite().all() for p in good.f.parameters())
@@ -464,9 +463,7 @@ def steps_until_the_alarm(K: int, way: float, records, **settings) -> int | None
             check(r.d, r.grad_norm, ratios, state, r.rate, r.sigma)
         except FloatingPointError as error:
             assert str(error).startswith(f"learning is about to diverge at update {r.step}:")
-            assert "ShortRun.load('c.previous.safetensors')" in str(error) and f"alarm={state.config.alarm}" in str(
-                error
-            )
+            assert f"alarm={state.config.alarm}" in str(error)
             return r.step
     return None
 
