@@ -147,7 +147,9 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
     mine = share(config.batch_size)
     n, sentence = at_once(model.f, model.shape, config.sub_batch or mine.stop - mine.start, model.device)
     write = open_log(config.log, state.step) if config.log and main else None
-    bar = tqdm(total=config.updates, initial=state.step, disable=not (config.progress and main), desc="Algorithm 1")
+    # one line a second: nbval's kernel client loses messages of a cell that sends more than 1,000 of them
+    settings = {"desc": "Algorithm 1", "mininterval": 1.0, "disable": not (config.progress and main)}
+    bar = tqdm(total=config.updates, initial=state.step, **settings)
     if sentence:
         bar.write(sentence)
     started, watched = time.perf_counter() - state.seconds, deque(maxlen=WATCHED)
