@@ -46,15 +46,14 @@ def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str
             f"{source} learned {model.dataset!r} at {model.f.image_size}²: the cards are of Fashion-MNIST at 32²"
         )
     training = observed(model.dataset)
-    held_out = observed("fashion_mnist", split="test")
-    if model.dataset == "fashion_mnist_mini":  # it learned from the first 8,000 of the test images
-        held_out = observed("fashion_mnist_mini", split="test")
+    held_out = observed(model.dataset, split="test")
     started = time.perf_counter()
     x = model.sample(samples, seed).cpu()
     seconds = time.perf_counter() - started
     rows = {name: embed(images, space) for name, images in sanity_rows(held_out, seed).items()}
     drawn, learned, test = embed(to_uint8(x), space), embed(training, space), rows["test images"]
-    distances = [nearest_images(v[:NEAREST], to_float(training))[0] for v in (x.clamp(-1, 1), to_float(held_out))]
+    memory, shown = to_float(training), (x[:NEAREST].clamp(-1, 1), to_float(held_out[:NEAREST]))
+    distances = [nearest_images(v, memory)[0] for v in shown]
     measured = {
         "samples": samples, "seed": seed, "seconds_per_1000_samples": round(1000 * seconds / samples, 1),
         "threads": torch.get_num_threads(), "reference": f"the {len(training):,} training images",
@@ -88,6 +87,14 @@ def report(measured: dict, space: str) -> str:
     if "force" in measured:
         lines.append(f"K·‖∂f/∂x‖ at the end of learning: {measured['force']:.1f}")
     return "\n".join(lines)
+
+
+def write(source: str | Path, kind: str, command: str, measured: dict) -> None:
+    """Puts measurements, and the command that gives them again, on the card beside a model's weights."""
+    path = find(source).with_suffix(".json")
+    card = json.loads(path.read_text(encoding="utf-8"))
+    card.setdefault("measured", {})[kind] = {"command": command, **measured}
+    path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def table() -> str:
@@ -126,9 +133,6 @@ if __name__ == "__main__":
         measured = measure(args.name, args.samples, args.seed, args.space)
         print(report(measured, args.space))
         if args.write:
-            path = find(args.name).with_suffix(".json")
-            card = json.loads(path.read_text(encoding="utf-8"))
-            command = f"python -m srmcmc_lib.cards {path.stem}"
+            command = f"python -m srmcmc_lib.cards {find(args.name).stem}"
             command += f" --samples {args.samples} --seed {args.seed} --space {args.space}"
-            card.setdefault("measured", {})[args.space] = {"command": command, **measured}
-            path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(args.name, args.space, command, measured)

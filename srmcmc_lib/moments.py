@@ -16,7 +16,6 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import find
 from .data import observed, to_float
 from .energy import LinearEnergy
 from .features import Features
@@ -180,14 +179,13 @@ if __name__ == "__main__":
     args = parser.parse_args()
     model = ShortRun.load(args.name)
     found = match(model.f.h, model.sample(args.samples, args.seed), *given(model))
+    command = f"python -m srmcmc_lib.moments {args.name} --samples {args.samples} --seed {args.seed}"
     measured = {
-        "command": f"python -m srmcmc_lib.moments {args.name} --samples {args.samples} --seed {args.seed}",
         "samples": found.samples, "relative": found.relative, "by_chance": found.by_chance,
         "beyond_4_standard_errors": found.beyond(),
     }  # fmt: skip
-    print(json.dumps(measured, indent=1))
+    print(json.dumps({"command": command, **measured}, indent=1))
     if args.write:
-        path = find(args.name).with_suffix(".json")
-        card = json.loads(path.read_text(encoding="utf-8"))
-        card.setdefault("measured", {})["moments"] = measured
-        path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        from .cards import write  # not above: cards imports recipes, and that this module
+
+        write(args.name, "moments", command, measured)
