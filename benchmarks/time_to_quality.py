@@ -6,8 +6,9 @@
 
 Every arm learns from the same 40,000 images with the same network; the clock is the processor time of this process, on
 one thread, without the measuring. The metric is classifier_frechet of 1,000 samples against the training images;
-images that are not 32×32 are resized for the classifier, observed ones likewise. Rows go to
-.cache/time_to_quality.csv as they come; an arm that is run again replaces its rows.
+images that are not 32×32 are resized for the classifier, observed ones likewise. It is taken for θ and for its running
+average; arms are compared by θ, averaging is an idea of its own. Rows go to .cache/time_to_quality/ after each arm, in
+a file named by the settings, so that only rows of the same settings meet; an arm that is run again replaces its rows.
 """
 
 import argparse
@@ -42,7 +43,6 @@ ARMS = {
         {**AUTHORS, "rate_final": 1e-5, "lower_from": 0.2, "updates": 500},
     ],
 }
-FILE = paths.cache() / "time_to_quality.csv"
 COLUMNS = ("arm", "K", "updates", "seconds", "theta", "average")
 
 
@@ -107,25 +107,22 @@ def run(arm: str, args) -> list[dict]:
 
 
 def table(rows: list[dict]) -> None:
-    """Each arm's best value, and when the authors' recipe and our whole recipe first reached it."""
-    arms: dict[str, list[dict]] = {}
+    """Each arm's best value, and when the authors' recipe first reached it."""
+    arms: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
-        arms.setdefault(row["arm"], []).append(row)
+        for kind in ("theta", "average"):
+            if kind == "theta" or row["arm"] in ("loop", "ours"):
+                arm = row["arm"] if kind == "theta" else f"{row['arm']}, averaged"
+                arms.setdefault(arm, []).append((int(row["updates"]), float(row["seconds"]), float(row[kind])))
 
-    def value(row):
-        return float(row["theta"] if row["arm"] == "authors" else min(row["theta"], row["average"], key=float))
-
-    def reached(arm, target):
-        hits = [float(row["seconds"]) for row in arms.get(arm, ()) if value(row) <= target]
-        return min(hits) if hits else None
-
-    print(f"{'arm':10}{'updates':>8}{'seconds':>9}{'best':>9}{'authors reach it after':>26}")
+    authors = arms.get("authors", [])
+    end = f"not in {authors[-1][1]:.0f} s" if authors else "not run"
+    print(f"{'arm':16}{'updates':>8}{'seconds':>9}{'best':>9}{'authors reach it after':>26}")
     for arm, mine in arms.items():
-        best = min(mine, key=value)
-        then = reached("authors", value(best))
-        last = max((float(row["seconds"]) for row in arms.get("authors", ())), default=0.0)
-        answer = f"{then:.0f} s = {then / float(best['seconds']):.1f} ×" if then else f"not in {last:.0f} s"
-        print(f"{arm:10}{best['updates']:>8}{best['seconds']:>9}{value(best):9.1f}{answer:>26}")
+        updates, seconds, best = min(mine, key=lambda point: point[2])
+        then = next((s for _, s, value in authors if value <= best), None)
+        answer = f"{then:.0f} s = {then / seconds:.1f} ×" if then else end
+        print(f"{arm:16}{updates:8}{seconds:9.0f}{best:9.1f}{answer:>26}")
 
 
 if __name__ == "__main__":
@@ -144,13 +141,14 @@ if __name__ == "__main__":
     if unknown := set(args.arms) - set(ARMS):
         parser.error(f"unknown arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
-    old = list(csv.DictReader(FILE.open())) if FILE.exists() else []
+    names = ("image_size", "width", "samples", "scale", "every", "seed")
+    file = paths.cache() / "time_to_quality" / ("-".join(f"{k}={getattr(args, k)}" for k in names) + ".csv")
+    old = list(csv.DictReader(file.open())) if file.exists() else []
     for arm in [] if args.table else args.arms or ARMS:
-        new = run(arm, args)
-        old = [row for row in old if row["arm"] != arm] + new
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        with FILE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+        old = [row for row in old if row["arm"] != arm] + run(arm, args)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, COLUMNS)
             writer.writeheader()
             writer.writerows(old)
     table(old)
