@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import datasets, paths
+from .checks import integer
 
 NAMES = ("fashion_mnist", "fashion_mnist_mini", *datasets.FOLDERS, "folder:PATH")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -48,10 +49,9 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
         FileNotFoundError: the data set is not here; the message says how to get it.
         ImportError: lsun_bedroom without the package lmdb.
     """
-    if not isinstance(image_size, int) or not 4 <= image_size <= 1024:
-        raise ValueError(f"image_size must be an integer in 4 … 1024, got {image_size!r}")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit must be None or an integer of at least 1, got {limit!r}")
+    integer("image_size", image_size, 4, 1024)
+    if limit is not None:
+        integer("limit", limit)
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'")
     if name.startswith("folder:"):

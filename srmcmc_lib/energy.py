@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import integer
+
 ACTIVATIONS = {
     "leaky_relu": lambda: nn.LeakyReLU(0.2),  # the paper's choice; makes f piecewise linear
     "silu": nn.SiLU,
@@ -42,8 +44,7 @@ class EnergyNet(nn.Module):
             ("image_size", image_size, 5, 1024),
             ("width", width, 1, 4096),
         ]:
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name} must be an integer in {low} … {high}, got {value!r}")
+            integer(name, value, low, high)
         self.channels, self.image_size, self.width, self.activation = channels, image_size, width, activation
         padded = 1 << (image_size - 1).bit_length()  # the next power of two
         before = (padded - image_size) // 2

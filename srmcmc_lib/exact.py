@@ -14,6 +14,8 @@ from scipy.sparse import csr_array, vstack
 from scipy.spatial import cKDTree
 from scipy.special import rel_entr
 
+from .checks import integer
+
 
 @dataclass(frozen=True, eq=False)
 class GridWorld:
@@ -369,9 +371,7 @@ def learn(
 
 
 def _check_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps (K) must be an integer of at least 1, got {steps!r}")
-    return int(steps)
+    return integer("steps (K)", int(steps) if isinstance(steps, np.integer) else steps)
 
 
 def _check_law(p, n: int | None, name: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from .checks import integer
 from .classifier import NAME, load_classifier
 
 # torchvision's networks, and the output of each stage, shallow to deep
@@ -83,8 +84,7 @@ def features(source: str = NAME, layer: int | None = None, pool: int = 1, weight
     depth = len(STAGES.get(source, range(4)))
     layer = depth if layer is None else layer
     for name, value, high in (("layer", layer, depth), ("pool", pool, 32)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ValueError(f"{name} must be an integer in 1 … {high} for {source}, got {value!r}")
+        integer(name, value, 1, high)
     if source not in STAGES:
         model = load_classifier(source)
         fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.stages[:layer])

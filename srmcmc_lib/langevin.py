@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import integer
+
 
 @dataclass(frozen=True)
 class Langevin:
@@ -38,8 +40,7 @@ class Langevin:
     noise: float = 0.01
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps (K) must be an integer of at least 1, got {self.steps!r}")
+        integer("steps (K)", self.steps)
         if not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
         if not 0 <= self.noise < float("inf"):

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from .checks import integer
+
 
 class ProfileError(ValueError):
     """A profile or a --set that doesn't fit the notebooks; raised before anything runs."""
@@ -57,9 +59,10 @@ def resources(profile: Path) -> dict[str, int]:
     for name, value in given.items():
         if name not in RESOURCES:
             raise ProfileError(f"{profile}: resources: {name} is unknown{_nearest(str(name), RESOURCES)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name != "gpu"):
-            raise ProfileError(f"{profile}: resources: {name}={value!r} must be a whole number of at least "
-                               f"{int(name != 'gpu')}")  # fmt: skip
+        try:
+            integer(name, value, int(name != "gpu"))
+        except ValueError as error:
+            raise ProfileError(f"{profile}: resources: {error}") from None
     return RESOURCES | given
 
 

@@ -40,6 +40,7 @@ class State:
             for i, (p, d) in enumerate(zip(PURPOSES, devices, strict=True))
         }
         self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
+        self.owns_checkpoint = False  # until restored or saved: the files of that name may be another run's
         # what a resumed run must share besides its settings: generators differ between devices
         checksum = zlib.crc32(images.cpu().contiguous().numpy())
         self.circumstances = {"images": [len(images), checksum], "device": model.device.type}
@@ -60,13 +61,16 @@ class State:
         theta = {k: p.detach().clone() for k, p in self._theta()}
         extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
         self._describe(record)
-        if path.exists():
+        if not self.owns_checkpoint:
+            previous(path).unlink(missing_ok=True)
+        elif path.exists():
             aside = previous(path).with_suffix(".part")
             shutil.copyfile(path, aside)  # not moved: a run killed here must find its checkpoint
             aside.replace(previous(path))
         try:
             self._fill(self.average)  # what a reader of the checkpoint samples with
             self.model.save(path, **extra)
+            self.owns_checkpoint = True
         finally:
             self._fill(theta)
 
@@ -120,7 +124,7 @@ class State:
         self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
         for purpose, g in self.generators.items():
             g.set_state(tensors[f"generator.{purpose}"])
-        self.model.training = meta["training"]
+        self.model.training, self.owns_checkpoint = meta["training"], True
         self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
         if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
             self._fill(self.average)

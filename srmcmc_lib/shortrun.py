@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import checkpoint
+from .checks import integer
 from .energy import EnergyNet, LinearEnergy
 from .interpolation import mix
 from .langevin import Langevin, langevin_chain
@@ -105,8 +106,8 @@ class ShortRun:
             seed: an integer in 0 … 2³² − 1 or a torch.Generator.
             batch_size: how many chains run at once; changes speed and memory, not the images.
         """
-        if n < 1 or batch_size < 1:
-            raise ValueError(f"n and batch_size must be at least 1, got {n!r} and {batch_size!r}")
+        integer("n", n)
+        integer("batch_size", batch_size)
         seed = as_seed(seed)
         parts = []
         for start in range(0, n, batch_size):

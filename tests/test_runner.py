@@ -77,8 +77,8 @@ def profile(home: Path, text: str, name: str = "cpu") -> Path:
         ("{}\n'00_toy@a/b': {}", ["00_toy@a/b", "letters, digits"]),
         ("{}\n00_toy@: {}", ["00_toy@", "letters, digits"]),
         ("{}\nresources: {gpus: 1}", ["resources: gpus", "did you mean 'gpu'"]),
-        ("{}\nresources: {mem_mb: 8GB}", ["mem_mb='8GB'", "whole number of at least 1"]),
-        ("{}\nresources: {gpu: -1}", ["gpu=-1", "at least 0"]),
+        ("{}\nresources: {mem_mb: 8GB}", ["mem_mb must be an integer of at least 1, got '8GB'"]),
+        ("{}\nresources: {gpu: -1}", ["resources: gpu must be an integer of at least 0, got -1"]),
     ],
 )
 def test_a_parameter_that_does_not_fit_stops_before_anything_runs(project, given, words, capsys, monkeypatch):

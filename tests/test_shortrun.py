@@ -82,9 +82,9 @@ def test_bad_seeds_are_refused(model, seed):
         model.sample(1, seed)
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(0, 64), (-1, 64), (1, 0)])
+@pytest.mark.parametrize(("n", "batch_size"), [(0, 64), (-1, 64), (2.0, 64), (1, 0)])
 def test_bad_counts_are_refused(model, n, batch_size):
-    with pytest.raises(ValueError, match="n and batch_size must be at least 1"):
+    with pytest.raises(ValueError, match=r"(n|batch_size) must be an integer of at least 1"):
         model.sample(n, 0, batch_size)
 
 

@@ -453,6 +453,29 @@ def test_divergence_is_raised_and_the_last_checkpoint_stays(tmp_path, steps):
     assert all(p.requires_grad for p in model.f.parameters())
 
 
+def test_a_fresh_start_does_not_keep_a_strangers_checkpoint_as_its_own_previous(tmp_path):
+    """Neither the older run's checkpoint nor its NAME.previous: going back there would be going back to that run."""
+    file, older = tmp_path / "c.safetensors", tmp_path / "c.previous.safetensors"
+    c = config(updates=3, checkpoint=str(file), checkpoint_every=1)
+    list(train(tiny(), IMAGES, c))
+    assert ShortRun.load(older).training["last"]["step"] == 2
+    fresh = train(tiny(), IMAGES, replace(c, seed=1), resume=False)
+    next(fresh)
+    assert ShortRun.load(file).training["config"]["seed"] == 1 and not older.exists()
+    next(fresh)
+    fresh.close()
+    assert ShortRun.load(older).training["config"]["seed"] == 1
+    assert ShortRun.load(older).training["last"]["step"] == 1
+    next(train(tiny(), IMAGES, replace(c, seed=1)))  # a resumed run's checkpoint is its own: kept
+    assert ShortRun.load(older).training["last"]["step"] == 2
+
+    # nor is it named where a run diverges before its first own checkpoint
+    diverging = config(updates=400, rate=0.3, checkpoint=str(file), checkpoint_every=400)
+    with pytest.raises(FloatingPointError) as error:
+        list(train(tiny(width=8), IMAGES, diverging, resume=False))
+    assert older.exists() and "previous" not in str(error.value)
+
+
 def steps_until_the_alarm(K: int, way: float, records, **settings) -> int | None:
     """The update at which `check` stops a run with these records; the way ‖x⁺ − z‖ is that of its data."""
     ratios = deque(maxlen=WATCHED)
