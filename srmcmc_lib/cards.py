@@ -13,7 +13,9 @@ import torch
 
 from . import paths
 from .checkpoint import find
+from .checks import integer
 from .data import CLASSES, observed, to_float, to_uint8
+from .devices import arithmetic, ranks
 from .metrics import NAMES, class_histogram, embed, nearest_images, sanity_rows, scores
 from .recipes import learning_curves
 from .shortrun import ShortRun
@@ -38,9 +40,8 @@ def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str
     Raises:
         ValueError: too few samples, a model of another data set.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 100:
-        raise ValueError(f"samples must be an integer of at least 100, got {samples!r}")
-    model = ShortRun.load(source).to("cuda" if torch.cuda.is_available() else "cpu")
+    integer("samples", samples, 100)
+    model = ShortRun.load(source).to(ranks().device)
     if not model.dataset.startswith("fashion_mnist") or model.f.image_size != 32:
         raise ValueError(
             f"{source} learned {model.dataset!r} at {model.f.image_size}²: the cards are of Fashion-MNIST at 32²"
@@ -48,7 +49,8 @@ def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str
     training = observed(model.dataset)
     held_out = observed(model.dataset, split="test")
     started = time.perf_counter()
-    x = model.sample(samples, seed).cpu()
+    with arithmetic("float32", model.device):
+        x = model.sample(samples, seed).cpu()
     seconds = time.perf_counter() - started
     rows = {name: embed(images, space) for name, images in sanity_rows(held_out, seed).items()}
     drawn, learned, test = embed(to_uint8(x), space), embed(training, space), rows["test images"]

@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -22,10 +23,16 @@ GIB = 2**30
 def ranks() -> PartialState:
     """The processes that learn together, usually one, and this one's place, device and role among them.
 
-    accelerate joins processes on CPUs only when told that there is no GPU to use; else each would learn alone.
+    accelerate joins processes on CPUs only when told that there is no GPU to use; else each would learn alone. A rank
+    may wait long for the one that prepares a data set: NCCL's own limit is 10 minutes.
     """
     no_gpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
-    return PartialState(cpu=no_gpu)
+    return PartialState(cpu=no_gpu, timeout=timedelta(hours=2))
+
+
+if hasattr(os, "register_at_fork"):
+    # notebook_launcher forks the kernel: its children must not take over what it found, that it is the only process
+    os.register_at_fork(after_in_child=PartialState._reset_state)
 
 
 def share(m: int) -> slice:

@@ -33,12 +33,18 @@ from .training import TrainConfig, train
 KEYS = {"dataset", "limit", "network", "seed", "stages"}
 
 
-def read_recipe(name: str) -> dict:
-    """The recipe pretrained/NAME.yaml; ValueError names an unknown or a missing key, FileNotFoundError the recipes."""
-    path = paths.PRETRAINED / f"{name}.yaml"
+def find_recipe(name: str) -> Path:
+    """pretrained/NAME.yaml, or the file that NAME.yaml itself is; FileNotFoundError names the shipped recipes."""
+    path = Path(name) if name.endswith(".yaml") else paths.PRETRAINED / f"{name}.yaml"
     if not path.exists():
         there = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
-        raise FileNotFoundError(f"no recipe {name!r}; there are {there}")
+        raise FileNotFoundError(f"no recipe {name!r}; there are {there}, or give the path of a .yaml file of your own")
+    return path
+
+
+def read_recipe(name: str) -> dict:
+    """The recipe of that name, or in that .yaml file; ValueError names an unknown or a missing key."""
+    path = find_recipe(name)
     recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
     if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
         known = {"steps", *signature(moments.learn).parameters} - {"model", "data", "images", "seed"}
@@ -72,6 +78,7 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     `moments` takes minutes: it runs on the CPU, without checkpoints or options.
     """
     recipe = read_recipe(name)
+    name = find_recipe(name).stem
     if "moments" in recipe:
         if options:
             raise ValueError(f"{', '.join(options)}: a recipe of moments, in one piece on the CPU, does not take them")
@@ -79,6 +86,8 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(work / f"{name}.csv", out / f"{name}.csv")
         return _ship(*trained, recipe, out / name)
+    if ranks().is_main_process:
+        print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
         images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
     if "select" in recipe:
@@ -181,12 +190,16 @@ def learning_curves(source: str | Path) -> list[tuple[int, list[Record]]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="a recipe of srmcmc_lib/pretrained")
+    parser.add_argument("name", help="a recipe of srmcmc_lib/pretrained, or a .yaml file like them")
     parser.add_argument("--work", type=Path, help="checkpoints of a run under way (default: checkpoints/NAME)")
-    parser.add_argument("--out", type=Path, default=paths.PRETRAINED, help="where the finished files go")
+    parser.add_argument("--out", type=Path, help="where the finished files go (default: beside the recipe)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of f and its gradient (default: the recipe's)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile f")
     parser.add_argument("--sub-batch", type=int, help="images a device takes at once (default: what its memory holds)")
     args = parser.parse_args()
     options = {k: v for k in ("precision", "compile", "sub_batch") if (v := getattr(args, k)) is not None}
-    print(run(args.name, args.work or paths.checkpoints() / args.name, args.out, **options))
+    recipe = find_recipe(args.name)
+    path = run(args.name, args.work or paths.checkpoints() / recipe.stem, args.out or recipe.parent, **options)
+    if ranks().is_main_process:
+        print(path)
+    ranks().destroy_process_group()
