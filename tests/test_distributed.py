@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -236,6 +237,48 @@ def test_torch_compile_is_asked_to_compile_f(monkeypatch):
     expected = timeless(train(plain, IMAGES, config()))
     assert timeless(train(compiled, IMAGES, config(compile=True))) == expected and len(calls) == 1
     assert same(weights(plain), weights(compiled))
+
+
+COMPILED = dict(updates=2, batch_size=5, sub_batch=3)  # a part of 3 images and one of 2: two shapes
+
+
+def compiled_is_uncompiled(**settings) -> None:
+    """The same records and weights as without compiling, within float32 rounding."""
+    plain, compiled = tiny(width=4), tiny(width=4)
+    expected = timeless(train(plain, IMAGES, config(**settings)))
+    for ours, one in zip(timeless(train(compiled, IMAGES, config(**settings, compile=True))), expected, strict=True):
+        assert ours == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert apart(plain.f.state_dict(), compiled.f.state_dict()) <= TOLERANCE["atol"]
+
+
+@pytest.fixture
+def fresh_dynamo(monkeypatch):
+    torch._dynamo.reset()
+    yield monkeypatch
+    torch._dynamo.reset()
+
+
+def test_f_is_traced_without_a_graph_break_and_learns_the_same(fresh_dynamo):
+    """torch.compile's own tracing and differentiation, whose graphs then run as they are: no compiler is needed."""
+    graphs, compile = [], torch.compile
+
+    def traced(f, **options):
+        backend = torch._dynamo.lookup_backend("aot_eager")
+        return compile(
+            f, backend=lambda g, x: graphs.append(tuple(x[0].shape)) or backend(g, x), fullgraph=True, **options
+        )
+
+    fresh_dynamo.setattr(torch, "compile", traced)
+    compiled_is_uncompiled(**COMPILED)
+    assert 2 <= len(graphs) <= 8, "one graph for each shape and use, not one for each step"
+
+
+@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_f_compiled_by_a_real_compiler_learns_the_same(fresh_dynamo, tmp_path):
+    fresh_dynamo.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fresh_dynamo.setattr("torch._inductor.config.compile_threads", 1)  # no pool of worker processes
+    compiled_is_uncompiled(updates=1)
+    assert list(tmp_path.rglob("*.so")), "nothing was compiled"
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("tf32", True), ("bf16", True)])
