@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from ipywidgets import Button, HBox, Label, SelectionSlider, VBox, interactive
 from matplotlib.figure import Figure
 
+SHOW = {"auto_display": True}  # without it, interactive draws the figure and shows nothing
 
 def slider(draw: Callable[[int], Figure], values: Sequence[int], value: int, label: str = "K") -> interactive:
     """A slider over `values` that starts at `value`, above the figure draw(value).
@@ -12,7 +13,7 @@ def slider(draw: Callable[[int], Figure], values: Sequence[int], value: int, lab
     It needs a live kernel and leaves nothing in a notebook that is run headlessly: draw the figure itself before it.
     """
     handle = SelectionSlider(options=list(values), value=value, description=label, continuous_update=False)
-    return interactive(lambda chosen: draw(chosen), chosen=handle)
+    return interactive(lambda chosen: draw(chosen), SHOW, chosen=handle)
 
 
 def explore(draw: Callable[..., Figure], seed: int, **scales: tuple[Sequence, object]) -> VBox:
@@ -30,7 +31,7 @@ def explore(draw: Callable[..., Figure], seed: int, **scales: tuple[Sequence, ob
         name: SelectionSlider(options=list(values), value=value, description=name)
         for name, (values, value) in scales.items()
     }
-    box = interactive(lambda **chosen: draw(seed=seed, **chosen), **handles)
+    box = interactive(lambda **chosen: draw(seed=seed, **chosen), SHOW, **handles)
     button, shown = Button(description="new seed"), Label(f"seed {seed}")
 
     def press(_) -> None:

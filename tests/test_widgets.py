@@ -1,9 +1,11 @@
-"""The slider calls the plot function it was given; nothing more can be seen without a browser."""
+"""Sliders call the plot function they were given, and what it draws reaches the page."""
 
 import ast
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 import srmcmc_lib
 from srmcmc_lib import widgets
@@ -44,3 +46,17 @@ def test_sliders_and_the_seed_button_redraw_with_what_is_chosen():
     assert drawn[-1] == {"seed": 4, "ρ": 0.0, "k": 10} and shown.value == "seed 4"
     k.value = 0
     assert drawn[-1] == {"seed": 4, "ρ": 0.0, "k": 0}
+
+
+def test_in_a_kernel_a_redraw_shows_the_figure():
+    cells = [
+        "from srmcmc_lib import plots, widgets; import torch\n"
+        "draw = lambda seed, k: plots.image_grid(torch.zeros(2, 1, 4, 4), title=f'{seed} {k}')\n"
+        "box = widgets.explore(draw, 0, k=([0, 1], 0)); box",
+        "lone = widgets.slider(lambda k: draw(0, k), [0, 1], 0); lone",
+        "box.children[1].children[0].value = 1; lone.children[0].value = 1",
+        "print([[o['data'].keys() & {'image/png'} for o in b.out.outputs] for b in (box.children[1], lone)])",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    assert notebook.cells[-1].outputs[0]["text"].strip() == "[[{'image/png'}], [{'image/png'}]]"
