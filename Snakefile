@@ -23,8 +23,8 @@ ENV = " ".join(f"-u {k}" for k, v in LIMITS if v is None) + "".join(f" {shlex.qu
 profiles.check(PROFILE, NOTEBOOKS)
 RESOURCES = profiles.resources(PROFILE)
 try:
-    CORES = workflow.cores  # all of this machine: one notebook at a time
-except WorkflowError:  # on a cluster --cores is not given
+    CORES = RESOURCES["cpus"] if workflow.remote_exec else workflow.cores  # here: all, for one notebook at a time
+except WorkflowError:  # submitting to a cluster, --cores is not given; in the job it is, as all of the node's
     CORES = RESOURCES["cpus"]
 PLANS, COMMANDS, TRAINED = {}, {}, {}
 for entry in profiles.read_profile(PROFILE):

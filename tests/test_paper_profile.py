@@ -83,6 +83,12 @@ def test_a_dry_run_of_the_papers_whole_graph(project):
     assert not (project / "figures").exists() and not (project / "checkpoints").exists()
 
 
+def test_a_job_on_a_clusters_node_uses_the_cpus_it_asked_for_and_not_all_of_the_node(project):
+    """As a cluster's executor starts it there; srun would refuse to start on more CPUs than were given."""
+    said = snakemake(project, "--dry-run", "--mode", "remote", "--cores", "64", "--config", "profile=paper")
+    assert set(re.findall(r"threads: (\d+)", said)) == {str(profiles.resources(PAPER)["cpus"])}
+
+
 def test_the_papers_graph_end_to_end_with_two_updates(project):
     """27 s of processor time an entry, measured on a crowded machine.
 
