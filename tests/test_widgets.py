@@ -9,7 +9,6 @@ from nbclient import NotebookClient
 
 import srmcmc_lib
 from srmcmc_lib import widgets
-from srmcmc_lib.runner import ThisPython
 
 
 def test_the_slider_draws_what_is_chosen():
@@ -59,5 +58,5 @@ def test_in_a_kernel_a_redraw_shows_the_figure():
         "print([[o['data'].keys() & {'image/png'} for o in b.out.outputs] for b in (box.children[1], lone)])",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    NotebookClient(notebook, kernel_name="python3", kernel_manager_class=ThisPython, timeout=120).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
     assert notebook.cells[-1].outputs[0]["text"].strip() == "[[{'image/png'}], [{'image/png'}]]"
