@@ -1,4 +1,4 @@
-"""The paper's profile: its numbers, its graph, and the same graph run end to end on a handful of images."""
+"""The Snakefile: the paper's profile, its numbers and graph, the same graph run on a handful of images; checkpoints."""
 
 import json
 import os
@@ -117,3 +117,29 @@ def test_the_papers_graph_end_to_end_with_two_updates(project):
         assert (model.dataset, model.shape) == (values["dataset"], (3, values["image_size"], values["image_size"]))
         assert model.kernel.steps == 3
     assert "Job stats" not in snakemake(project, "--dry-run", "--config", "profile=paper-smoke"), "all is up to date"
+
+
+TINY = """\
+dataset: fashion_mnist_mini
+limit: 20
+network: {channels: 1, image_size: 8, width: 2}
+seed: 3
+stages:
+  - {steps: 2, updates: 3, batch_size: 4}
+"""
+
+
+def test_make_checkpoints_learns_every_recipe_and_a_tiny_one_really(project):
+    shipped = {p.stem for p in (project / "srmcmc_lib" / "pretrained").glob("*.yaml")}
+    (project / "srmcmc_lib" / "pretrained" / "tiny.yaml").write_text(TINY)
+    said = snakemake(project, "--dry-run", "checkpoints")
+    assert set(re.findall(r"-m srmcmc_lib\.recipes (\S+) --out checkpoints/retrained", said)) == {*shipped, "tiny"}
+    assert "-m srmcmc_lib.classifier --out checkpoints/retrained" in said
+
+    target = "checkpoints/retrained/tiny.safetensors"
+    snakemake(project, target)
+    model = ShortRun.load(project / target)
+    assert model.kernel.steps == 2 and model.training["images"] == 20
+    curve = (project / "checkpoints" / "retrained" / "tiny-stage1.csv").read_text()
+    assert len(curve.splitlines()) == 1 + 3 and (project / "checkpoints" / "tiny" / "stage1.safetensors").exists()
+    assert not (project / "srmcmc_lib" / "pretrained" / "tiny.safetensors").exists(), "shipped models are left alone"
