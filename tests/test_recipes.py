@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from srmcmc_lib import ShortRun, observed, paths, recipes
+from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, observed, paths, recipes
 from srmcmc_lib.data import to_float
 
 RECIPES = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
@@ -137,3 +137,13 @@ def test_a_shipped_model_samples_images_not_noise_and_needs_all_of_its_steps(nam
     assert not looks_like(z, data)
     assert not looks_like(model.with_steps(model.kernel.steps // 2)(z, u=5), data)
     assert not looks_like(data[:1].expand(48, -1, -1, -1), data), "one image 48 times must not pass"
+
+
+def test_the_readmes_recipe_is_one(tmp_path):
+    readme = (paths.PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "cifar10.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    recipe = recipes.read_recipe(str(tmp_path / "cifar10.yaml"))
+    (stage,) = recipe["stages"]
+    Langevin(stage.pop("steps")), EnergyNet(**recipe["network"]), TrainConfig(**stage)
+    with pytest.raises(FileNotFoundError, match="or give the path of a .yaml file"):
+        recipes.read_recipe(str(tmp_path / "cifar11.yaml"))
