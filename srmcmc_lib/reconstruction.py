@@ -10,9 +10,11 @@ from torch import Generator, Tensor
 
 from .descent import OPTIMIZERS, Step
 from .langevin import frozen, langevin_chain
+from .langevin import gradient as derivative
 from .priors import as_seed
 
 SCHEDULES = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1.0}
+SOLVES = 3  # fixed-point iterations for each step of the reversed chain
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,31 @@ def chain_gradient(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None, mask
     return state.x, v
 
 
+def reverse_step(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None, mask=1.0) -> tuple[Tensor, Tensor]:
+    """M_θ(z, u), and 2(z − z'), where z' is z with the whole residual carried back through the chain, step by step.
+
+    Let x_k be the states from z, and x_k + d_k those of a chain that ends at x: d_K = x − x_K. Both obey eq. (4) with
+    the same noise, so d_k + s(f'(x_k + d_k) − f'(x_k)) = d_{k+1}: from K down, one equation for each step, solved by
+    `SOLVES` fixed-point iterations from d_k = d_{k+1} (they contract where s‖f''‖ < 1). z' = z + d_0. That is Newton's
+    step with exact finite differences in place of derivatives. Where f' does not change between x_k and x_k + d_k, d is
+    carried back unchanged, and it is `residual_gradient`'s; the step costs 1 + SOLVES chains and stores K states.
+
+    It needs an f' that is smooth on the scale of d. In the directions that the chain contracts d grows on its way back,
+    and so does what an equation leaves unsolved: f' of a piecewise-linear f jumps, and no d may solve it there.
+    """
+    s, states, gradients = kernel.step_size, [], []
+    for state in langevin_chain(f, z, kernel, U):
+        states.append(state.x)
+        gradients.append(state.gradient)
+    M = states.pop()
+    d = mask * (x - M)
+    while states:
+        x_k, df_dx, following = states.pop(), gradients.pop(), d
+        for _ in range(SOLVES):
+            d = following - s * (derivative(f, x_k + d) - df_dx)
+    return M, -2 * d
+
+
 def jacobian_product(f, kernel, z: Tensor, v: Tensor, U: Iterable[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """M_θ(z, u), and (∂M/∂z) v for each image, exactly: v ← v + s·f''(x_k) v along the chain. No graph is kept.
 
@@ -98,7 +125,11 @@ def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
         return torch.autograd.grad(df_dx, x, v, materialize_grads=True)[0]
 
 
-GRADIENTS = {"auto": residual_gradient, "chain": chain_gradient}
+# Each gradient, and its η and schedule if none are given (None: those of the optimizer).
+GRADIENTS = {
+    "residual": (residual_gradient, None, "cosine"), "chain": (chain_gradient, None, "cosine"),
+    "reverse": (reverse_step, 0.5, "constant"),
+}  # fmt: skip
 
 
 def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float], step: Step, gradient, keep):
@@ -120,7 +151,7 @@ def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float],
 
 
 def reconstruct(
-    model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str = "cosine",
+    model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
     optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int = 0, u=None, keep: Sequence[int] = (),
     mask: Tensor | None = None,
 ) -> Reconstruction:  # fmt: skip
@@ -130,12 +161,18 @@ def reconstruct(
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"restarts must be an integer of at least 1, got {restarts!r}")
     for name, value, known in [
-        ("schedule", schedule, SCHEDULES), ("optimizer", optimizer, OPTIMIZERS), ("gradient", gradient, GRADIENTS),
+        ("schedule", schedule or "cosine", SCHEDULES), ("optimizer", optimizer, OPTIMIZERS),
+        ("gradient", gradient, ["auto", *GRADIENTS]),
     ]:  # fmt: skip
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
-    build, usual_eta = OPTIMIZERS[optimizer]
-    eta = usual_eta if eta is None else eta
+    if gradient == "auto":
+        plain = getattr(model.f, "piecewise_linear", True) or mask is not None or optimizer != "gd"
+        gradient = "residual" if plain else "reverse"
+    build, optimizers_eta = OPTIMIZERS[optimizer]
+    direction, usual_eta, usual_schedule = GRADIENTS[gradient]
+    eta = (usual_eta or optimizers_eta) if eta is None else eta
+    schedule = schedule or usual_schedule
     if not 0 < eta < math.inf:
         raise ValueError(f"eta must be positive and finite, got {eta!r}")
     keep = list(keep)
@@ -160,7 +197,7 @@ def reconstruct(
     found, restart = None, torch.zeros(len(x), dtype=torch.long, device=x.device)
     for r in range(restarts):
         z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
-        new = descend(f, kernel, x, mask, z, U, etas, build(), GRADIENTS[gradient], keep)
+        new = descend(f, kernel, x, mask, z, U, etas, build(), direction, keep)
         if found is None:
             found = new
             continue

@@ -146,7 +146,7 @@ class ShortRun:
         return self(z.flatten(0, 1), U).unflatten(0, (B, R))
 
     def reconstruct(
-        self, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str = "cosine",
+        self, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
         optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int | Generator = 0, u: Noise = None,
         keep: Sequence[int] = (), mask: Tensor | None = None,
     ) -> Reconstruction:  # fmt: skip
@@ -157,14 +157,18 @@ class ShortRun:
 
         Args:
             x: images in the model's value range, floating point, [B, C, H, W].
-            iterations: T ≥ 1; costs T + 1 runs of the chain for each restart.
-            eta: the largest η_t > 0; None takes the optimizer's usual one. η_t = 1/2 steps by the whole residual.
-            schedule: "cosine" (η_t falls to 0) or "constant".
+            iterations: T ≥ 1; costs T + 1 runs of the chain for each restart, four times that for "reverse".
+            eta: the largest η_t > 0; None takes the optimizer's usual one, 1/2 for "reverse". η_t = 1/2 steps by the
+                whole residual.
+            schedule: "cosine" (η_t falls to 0) or "constant"; None takes "constant" for "reverse", else "cosine".
             optimizer: "gd" (the paper's), "momentum", "adam", "lbfgs" or "anderson", on the same gradient. Over 200
                 iterations no other was better in our trials; "anderson" led for the first 40.
-            gradient: "auto" takes ∂M/∂z = I, so that L' = 2(M_θ(z, u) − x). For a piecewise-linear f this is the
+            gradient: "residual" takes ∂M/∂z = I, so that L' = 2(M_θ(z, u) − x). For a piecewise-linear f this is the
                 exact gradient; for a smooth f it is a fixed-point iteration, which did better than the gradient in
-                our trials. "chain" differentiates through the K steps, with about 2√K stored images.
+                our trials. "chain" differentiates through the K steps, with about 2√K stored images. "reverse" carries
+                the residual back through the chain, for a smooth f alone (see `reconstruction.reverse_step`): a few
+                iterations end at the rounding. "auto" is "reverse" where f says that it is not piecewise linear, there
+                is no mask and the optimizer is "gd"; else "residual".
             restarts: how many z_0 to try; each image keeps its best. The first is the same whatever their number.
             seed: draws every z_0.
             u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
