@@ -60,7 +60,8 @@ def test_the_numbers_that_the_paper_gives():
     for values in found.values():
         assert values["updates"] >= 200_000 and values["rate_final"] < values["rate"]
         EnergyNet(3, values["image_size"], 2), Langevin(values["steps"])
-        TrainConfig(values["updates"], rate=values["rate"], rate_final=values["rate_final"], sigma=values["sigma"])
+        settings = {k: values[k] for k in ("updates", "rate", "rate_final", "sigma", "precision")}
+        TrainConfig(**settings, **values["options"])
 
 
 def test_the_smoke_run_differs_from_the_paper_in_sizes_only():
