@@ -9,6 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from .checks import integer
 from .classifier import NAME, load_classifier
+from .data import to_float
 
 # torchvision's networks, and the output of each stage, shallow to deep
 STAGES = {
@@ -98,3 +99,10 @@ def features(source: str = NAME, layer: int | None = None, pool: int = 1, weight
             f"or take {NAME!r}, which is shipped"
         ) from error
     return Features(responses, None, None, pool)
+
+
+@torch.no_grad()
+def responses(h: Features, x: Tensor, batch_size: int = 250) -> Tensor:
+    """h of n images, [n, d]; x is uint8, or float in [-1, 1], [n, C, H, W]."""
+    device = next(h.parameters()).device
+    return torch.cat([h(part if part.is_floating_point() else to_float(part, device)) for part in x.split(batch_size)])

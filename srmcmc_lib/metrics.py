@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .classifier import load_classifier
 from .data import check_images, to_float, to_uint8
-from .features import features
+from .features import features, responses
 
 NAMES = {
     "classifier": ("classifier_frechet", "classifier_kernel", "classifier_score"),
@@ -51,7 +51,7 @@ def embed(images: Tensor, space: str = "classifier", batch_size: int = 250) -> t
     if space == "classifier":
         h, model = features().to(device), load_classifier()
         check_images(images, (model.channels, model.image_size, model.image_size))
-        parts = torch.cat([h(to_float(part, device)).cpu() for part in images.split(batch_size)])
+        parts = responses(h, images, batch_size).cpu()
         return parts, model.linear(parts)
     check_images(images, images.shape[1:])
     net = _inception().to(device)
