@@ -3,6 +3,7 @@
 python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
 python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images × 200 iterations: K = 100, n_f = 16
                                                                  # take about 27 minutes on one core
+python benchmarks/reconstruction.py errors --model fashion_mnist_silu --iterations 8  # its iterations cost four chains
 
 Times are ratios within one run, for they mean nothing across machines; bytes are the CPU allocator's.
 """
@@ -85,14 +86,15 @@ def errors(args) -> None:
     x = to_float(observed(model.dataset, model.f.image_size, limit=args.images, split="test"))
     started, found = time.perf_counter(), []
     for part in x.split(64):
-        found.append(model.reconstruct(part, args.iterations, optimizer=args.optimizer, eta=args.eta, seed=0).error)
+        options = {"eta": args.eta, "optimizer": args.optimizer, "gradient": args.gradient}
+        found.append(model.reconstruct(part, args.iterations, seed=0, **options).error)
     e = torch.cat(found)
     quantiles = ", ".join(
-        f"{q:.0%} {v:.5f}"
+        f"{q:.0%} {v:.3g}"
         for q, v in zip((0.1, 0.5, 0.9, 0.99), e.quantile(torch.tensor((0.1, 0.5, 0.9, 0.99))), strict=True)
     )
     print(f"{args.model}: {len(x)} test images of {model.dataset}, {model.kernel}, {args.iterations} iterations")
-    print(f"squared error per pixel: {quantiles}, worst {e.max():.5f}; {time.perf_counter() - started:.0f} s")
+    print(f"squared error per pixel: {quantiles}, worst {e.max():.3g}; {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":
@@ -102,6 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--optimizer", default="gd")
+    parser.add_argument("--gradient", default="auto")
     parser.add_argument("--eta", type=float)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
