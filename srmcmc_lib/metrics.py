@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .classifier import load_classifier
 from .data import check_images, to_float, to_uint8
+from .devices import ranks
 from .features import features, responses
 
 NAMES = {
@@ -47,7 +48,7 @@ def embed(images: Tensor, space: str = "classifier", batch_size: int = 250) -> t
     """
     if space not in NAMES:
         raise ValueError(f"space={space!r} is unknown; choose one of {', '.join(NAMES)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ranks().device
     if space == "classifier":
         h, model = features().to(device), load_classifier()
         check_images(images, (model.channels, model.image_size, model.image_size))

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
+from .checks import integer
 from .descent import OPTIMIZERS, Step
 from .langevin import frozen, langevin_chain
 from .langevin import gradient as derivative
@@ -156,10 +157,8 @@ def reconstruct(
     mask: Tensor | None = None,
 ) -> Reconstruction:  # fmt: skip
     """z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖², from z_0 ~ p_0; see `ShortRun.reconstruct`."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
-    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
-        raise ValueError(f"restarts must be an integer of at least 1, got {restarts!r}")
+    integer("iterations", iterations)
+    integer("restarts", restarts)
     for name, value, known in [
         ("schedule", schedule or "cosine", SCHEDULES), ("optimizer", optimizer, OPTIMIZERS),
         ("gradient", gradient, ["auto", *GRADIENTS]),

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 SHOW = {"auto_display": True}  # without it, interactive draws the figure and shows nothing
 
+
 def slider(draw: Callable[[int], Figure], values: Sequence[int], value: int, label: str = "K") -> interactive:
     """A slider over `values` that starts at `value`, above the figure draw(value).
 
