@@ -51,9 +51,9 @@ def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str
     started = time.perf_counter()
     with arithmetic("float32", model.device):
         x = model.sample(samples, seed).cpu()
-    seconds = time.perf_counter() - started
-    rows = {name: embed(images, space) for name, images in sanity_rows(held_out, seed).items()}
-    drawn, learned, test = embed(to_uint8(x), space), embed(training, space), rows["test images"]
+        seconds = time.perf_counter() - started
+        rows = {name: embed(images, space) for name, images in sanity_rows(held_out, seed).items()}
+        drawn, learned, test = embed(to_uint8(x), space), embed(training, space), rows["test images"]
     memory, shown = to_float(training), (x[:NEAREST].clamp(-1, 1), to_float(held_out[:NEAREST]))
     distances = [nearest_images(v, memory)[0] for v in shown]
     measured = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import moments, paths
 from .checkpoint import find
 from .data import observed, to_uint8
-from .devices import PRECISIONS, ranks
+from .devices import PRECISIONS, arithmetic, ranks
 from .energy import EnergyNet
 from .langevin import Langevin
 from .metrics import embed, scores
@@ -82,9 +82,12 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     if "moments" in recipe:
         if options:
             raise ValueError(f"{', '.join(options)}: a recipe of moments, in one piece on the CPU, does not take them")
+        if ranks().num_processes > 1:
+            raise ValueError(f"a recipe of moments learns in one process, not in {ranks().num_processes}")
         trained = moments.run(recipe, work / f"{name}.csv")
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(work / f"{name}.csv", out / f"{name}.csv")
+        if work.resolve() != out.resolve():
+            shutil.copyfile(work / f"{name}.csv", out / f"{name}.csv")
         return _ship(*trained, recipe, out / name)
     if ranks().is_main_process:
         print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
@@ -155,12 +158,14 @@ def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path
 def select(candidates: list[Path], images: Tensor, rule: dict) -> ShortRun:
     """The checkpoint whose samples have the least classifier_frechet to the training images; held-out images play no
     part. `rule` gives the number of samples and their seed. The distances go on the model's card."""
-    reference, distances = embed(images), {}
-    for path in candidates:
-        model = ShortRun.load(path).to(ranks().device)
-        samples = to_uint8(model.sample(rule["samples"], rule["seed"]).cpu())
-        distances[path] = scores(embed(samples), reference)["classifier_frechet"]
-        print(f"{path.stem}: classifier_frechet {distances[path]:.2f}", flush=True)
+    distances = {}
+    with arithmetic("float32", ranks().device):
+        reference = embed(images)
+        for path in candidates:
+            model = ShortRun.load(path).to(ranks().device)
+            samples = to_uint8(model.sample(rule["samples"], rule["seed"]).cpu())
+            distances[path] = scores(embed(samples), reference)["classifier_frechet"]
+            print(f"{path.stem}: classifier_frechet {distances[path]:.2f}", flush=True)
     model = ShortRun.load(min(distances, key=distances.get)).to(ranks().device)
     model.training["selection"] = {"classifier_frechet": {path.stem: value for path, value in distances.items()}}
     return model

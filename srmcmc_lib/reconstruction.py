@@ -16,6 +16,7 @@ from .priors import as_seed
 
 SCHEDULES = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1.0}
 SOLVES = 3  # fixed-point iterations for each step of the reversed chain
+STUCK = 0.01  # of the error at the start: where `auto`'s reversed chain leaves more, the residual is tried as well
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def reverse_step(f, kernel, x: Tensor, z: Tensor, U: list[Tensor] | None, mask=1
 
     Let x_k be the states from z, and x_k + d_k those of a chain that ends at x: d_K = x − x_K. Both obey eq. (4) with
     the same noise, so d_k + s(f'(x_k + d_k) − f'(x_k)) = d_{k+1}: from K down, one equation for each step, solved by
-    `SOLVES` fixed-point iterations from d_k = d_{k+1} (they contract where s‖f''‖ < 1). z' = z + d_0. That is Newton's
-    step with exact finite differences in place of derivatives. Where f' does not change between x_k and x_k + d_k, d is
-    carried back unchanged, and it is `residual_gradient`'s; the step costs 1 + SOLVES chains and stores K states.
+    `SOLVES` fixed-point iterations from d_k = d_{k+1} (they contract where s‖f''‖ < 1). z' = z + d_0. Solved exactly,
+    M_θ(z', u) is x; a few iterations leave a fraction of the error, which the next step takes up. Where f' does not
+    change between x_k and x_k + d_k, d is carried back unchanged, and the step is `residual_gradient`'s. It costs
+    1 + SOLVES chains and stores K states and gradients.
 
     It needs an f' that is smooth on the scale of d. In the directions that the chain contracts d grows on its way back,
     and so does what an equation leaves unsolved: f' of a piecewise-linear f jumps, and no d may solve it there.
@@ -151,6 +153,11 @@ def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float],
     return best_z, best_M, torch.stack(errors), kept
 
 
+def chosen(better: Tensor, new: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
+    """z, M_θ(z, u), errors and states of one run or the other, image by image, by `better`, [B]."""
+    return [torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in zip(new, found, strict=True)]
+
+
 def reconstruct(
     model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
     optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int = 0, u=None, keep: Sequence[int] = (),
@@ -165,14 +172,14 @@ def reconstruct(
     ]:  # fmt: skip
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    if gradient == "reverse" and optimizer in ("adam", "momentum"):
+        raise ValueError(f"gradient='reverse' gives whole steps to x, which {optimizer} would not take: use gd")
+    directions = [gradient]
     if gradient == "auto":
         plain = getattr(model.f, "piecewise_linear", True) or mask is not None or optimizer != "gd"
-        gradient = "residual" if plain else "reverse"
+        directions = ["residual"] if plain else ["reverse", "residual"]
     build, optimizers_eta = OPTIMIZERS[optimizer]
-    direction, usual_eta, usual_schedule = GRADIENTS[gradient]
-    eta = (usual_eta or optimizers_eta) if eta is None else eta
-    schedule = schedule or usual_schedule
-    if not 0 < eta < math.inf:
+    if eta is not None and not 0 < eta < math.inf:
         raise ValueError(f"eta must be positive and finite, got {eta!r}")
     keep = list(keep)
     if any(isinstance(t, bool) or not isinstance(t, int) or not 0 <= t <= iterations for t in keep):
@@ -189,21 +196,27 @@ def reconstruct(
         raise ValueError("mask must hold 1 where a pixel counts and 0 where not, and leave each image at least one")
     U = model._noise(u, len(x))
     U = None if U is None else list(U)
-    etas = [eta * SCHEDULES[schedule](t / iterations) for t in range(iterations + 1)]
 
     seed = as_seed(seed)
     more_seeds = Generator().manual_seed(seed)
     found, restart = None, torch.zeros(len(x), dtype=torch.long, device=x.device)
     for r in range(restarts):
         z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
-        new = descend(f, kernel, x, mask, z, U, etas, build(), direction, keep)
+        new = stuck = None
+        for direction in directions:
+            step_to, usual_eta, usual_schedule = GRADIENTS[direction]
+            η, at = eta or usual_eta or optimizers_eta, SCHEDULES[schedule or usual_schedule]
+            etas = [η * at(t / iterations) for t in range(iterations + 1)]
+            run = descend(f, kernel, x, mask, z, U, etas, build(), step_to, keep)
+            new = run if stuck is None else chosen(stuck & (run[2].amin(0) < new[2].amin(0)), run, new)
+            stuck = new[2].amin(0) > STUCK * new[2][0]
+            if not stuck.any():
+                break
         if found is None:
             found = new
             continue
         better = new[2].amin(0) < found[2].amin(0)
-        restart = torch.where(better, r, restart)
-        pairs = zip(new, found, strict=True)  # z, M_θ(z, u), errors, states
-        found = [torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in pairs]
+        restart, found = torch.where(better, r, restart), chosen(better, new, found)
     if not found[2].amin(0).isfinite().all():
         raise FloatingPointError("the chain left the finite numbers at every iteration: f is too steep for this kernel")
     z, M, errors, states = found

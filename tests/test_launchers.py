@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from srmcmc_lib import ShortRun, recipes
+from srmcmc_lib import ShortRun
 from srmcmc_lib.records import read_log
 
 RECIPE = {
@@ -44,8 +44,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, torch.Tensor]:
-    path = recipes.run(str(folder / "tiny.yaml"), folder / "alone", folder / "alone")
-    return ShortRun.load(path).f.state_dict()
+    launched(folder, "-m", "srmcmc_lib.recipes", "tiny.yaml", "--work", "alone", "--out", "alone")
+    return ShortRun.load(folder / "alone" / "tiny.safetensors").f.state_dict()
 
 
 def free_port() -> str:
@@ -56,7 +56,11 @@ def free_port() -> str:
 
 def launched(folder: Path, *command: str) -> str:
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    env = surroundings | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = surroundings | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

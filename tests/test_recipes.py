@@ -145,5 +145,5 @@ def test_the_readmes_recipe_is_one(tmp_path):
     recipe = recipes.read_recipe(str(tmp_path / "cifar10.yaml"))
     (stage,) = recipe["stages"]
     Langevin(stage.pop("steps")), EnergyNet(**recipe["network"]), TrainConfig(**stage)
-    with pytest.raises(FileNotFoundError, match="or give the path of a .yaml file"):
+    with pytest.raises(FileNotFoundError, match=r"or give the path of a \.yaml file"):
         recipes.read_recipe(str(tmp_path / "cifar11.yaml"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from srmcmc_lib import EnergyNet, Langevin, ShortRun
+from srmcmc_lib import EnergyNet, Langevin, ShortRun, reconstruction
 from srmcmc_lib.descent import OPTIMIZERS, adam, lbfgs
 from srmcmc_lib.langevin import langevin_chain
 from srmcmc_lib.reconstruction import chain_gradient, jacobian_product, residual_gradient, reverse_step
@@ -110,8 +110,8 @@ def test_the_jacobian_of_a_piecewise_linear_chain_is_the_identity():
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_the_reversed_chain_is_newtons_step_for_a_smooth_f(noisy):
-    """z' misses x by the square of the residual, but for what three solves leave; the residual itself does not."""
+def test_the_reversed_chain_undoes_the_jacobian(noisy):
+    """A small change of x is carried back to the change of z that made it, but for what three solves leave."""
     model = tiny("silu", 5, gain=2.0, dtype=torch.float64)
     _, z, U = problem(model, noisy)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -131,6 +131,25 @@ def test_a_smooth_chain_is_inverted_to_the_rounding():
     torch.testing.assert_close(model(rec.z, 3), x, rtol=0, atol=1e-10)
     plain = model.reconstruct(x, 48, u=3, gradient="residual")  # as many runs of the chain
     assert (plain.error > 1e6 * rec.error).all()
+
+
+def test_equations_that_are_solved_give_the_preimage_itself_however_large_the_residual(monkeypatch):
+    monkeypatch.setattr(reconstruction, "SOLVES", 60)
+    model, x = tiny("silu", 8, gain=2.0, dtype=torch.float64), targets(dtype=torch.float64)
+    rec = model.reconstruct(x, 1, u=3)
+    assert (rec.errors[0] > 0.1).all() and (rec.errors[1] < 1e-25).all()
+
+
+def test_where_f_is_too_curved_to_reverse_auto_goes_the_residuals_way():
+    model, x = tiny("silu", 10, gain=3.5, dtype=torch.float64), targets(dtype=torch.float64)
+    reverse, plain, auto = (model.reconstruct(x, 10, u=3, gradient=g) for g in ("reverse", "residual", "auto"))
+    assert (reverse.error > 2 * plain.error).any()
+    assert torch.equal(auto.error, reverse.error.minimum(plain.error))
+
+
+def test_reversing_refuses_steps_that_are_never_whole():
+    with pytest.raises(ValueError, match="'reverse' gives whole steps to x, which adam would not take: use gd"):
+        tiny("silu").reconstruct(targets(), 2, gradient="reverse", optimizer="adam")
 
 
 def test_the_reversed_chain_is_the_residual_where_the_gradient_does_not_change():
