@@ -7,6 +7,7 @@ import torch
 
 from srmcmc_lib import EnergyNet, Langevin, ShortRun, cards, paths
 from srmcmc_lib.metrics import NAMES
+from srmcmc_lib.recipes import learning_curves
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +67,6 @@ def test_every_shipped_model_has_a_card_that_was_measured():
         row = card["measured"]["classifier"]
         assert row["samples"] >= 10_000 and path.stem in row["command"]
         assert set(NAMES["classifier"]) < row["rows"]["samples"].keys()
-        assert card["hours"] > 0 and card["recipe"]["stages"] and f"`{path.stem}`" in cards.table()
+        assert card["hours"] > 0 and f"`{path.stem}`" in cards.table()
+        stages = card["recipe"]["stages"]
+        assert [len(records) for _, records in learning_curves(path.stem)] == [stage["updates"] for stage in stages]
