@@ -140,6 +140,8 @@ def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float],
     best_z = best_M = z
     best, errors, states = x.new_full(x.shape[:1], math.inf), [], {}
     for t, η in enumerate(etas):
+        if t == len(etas) - 1:  # no step follows: the chain alone, which this one is
+            gradient = residual_gradient
         M, dL_dz = gradient(f, kernel, x, z, U, mask)
         error = (mask * (M - x).square()).flatten(1).sum(1) / mask.flatten(1).sum(1)
         error = error.nan_to_num(math.inf, math.inf)  # an image that left the finite numbers must not stop the others

@@ -157,7 +157,7 @@ class ShortRun:
 
         Args:
             x: images in the model's value range, floating point, [B, C, H, W].
-            iterations: T ≥ 1; costs T + 1 runs of the chain for each restart, four times that for "reverse".
+            iterations: T ≥ 1; costs T + 1 runs of the chain for each restart, 4 T + 1 for "reverse".
             eta: the largest η_t > 0; None takes the optimizer's usual one, 1/2 for "reverse". η_t = 1/2 steps by the
                 whole residual.
             schedule: "cosine" (η_t falls to 0) or "constant"; None takes "constant" for "reverse", else "cosine".
@@ -168,7 +168,8 @@ class ShortRun:
                 our trials. "chain" differentiates through the K steps, with about 2√K stored images. "reverse" carries
                 the residual back through the chain, for a smooth f alone (see `reconstruction.reverse_step`): a few
                 iterations end at the rounding. "auto" is "reverse" where f says that it is not piecewise linear, there
-                is no mask and the optimizer is "gd"; else "residual".
+                is no mask and the optimizer is "gd", and "residual" as well for an image whose error stays above 1 % of
+                its first; else "residual".
             restarts: how many z_0 to try; each image keeps its best. The first is the same whatever their number.
             seed: draws every z_0.
             u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
