@@ -70,7 +70,6 @@ class State:
         try:
             self._fill(self.average)  # what a reader of the checkpoint samples with
             self.model.save(path, **extra)
-            self.owns_checkpoint = True
         finally:
             self._fill(theta)
 

@@ -84,8 +84,10 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
             if write:  # before the checkpoint: a run killed in between then misses no row
                 write(record)
             last = state.step == config.updates
-            if config.checkpoint and main and (last or state.step % config.checkpoint_every == 0):
-                state.save(Path(config.checkpoint), record)
+            if config.checkpoint and (last or state.step % config.checkpoint_every == 0):
+                if main:
+                    state.save(Path(config.checkpoint), record)
+                state.owns_checkpoint = True  # on all ranks: `check` tells each the same
             bar.update()
             bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{grad_norm:.2f}", refresh=False)
             if last:
