@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from .checks import integer
 from .data import observed, to_float
 from .energy import LinearEnergy
 from .features import Features, responses
@@ -112,8 +113,10 @@ def learn(
         renew: G is taken anew every so many updates, from the states of eight chains half way and at the end.
         seed: of the chains.
     """
-    if not 0 < rate < float("inf") or not decay > 0 or not damping > 0 or updates < 1:
-        raise ValueError("rate, decay and damping must be positive and updates at least 1")
+    for name, value in (("updates", updates), ("batch_size", batch_size), ("renew", renew)):
+        integer(name, value)
+    if not 0 < rate < float("inf") or not decay > 0 or not damping > 0:
+        raise ValueError("rate, decay and damping must be positive")
     g, θ, scale = Generator().manual_seed(seed), model.f.theta.detach().clone(), model.kernel.steps
     scale *= model.kernel.step_size
     mean, first = θ, None

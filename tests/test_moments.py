@@ -64,9 +64,18 @@ def test_learning_finds_the_moments_of_a_known_theta():
     assert records[-1].force > 0
 
 
-@pytest.mark.parametrize("bad", [{"rate": 0.0}, {"updates": 0}, {"damping": 0.0}])
-def test_settings_out_of_range_are_refused(model, bad):
-    with pytest.raises(ValueError, match="must be positive"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"rate": 0.0}, "rate, decay and damping must be positive"),
+        ({"damping": 0.0}, "rate, decay and damping must be positive"),
+        ({"updates": 0}, "updates must be an integer of at least 1"),
+        ({"batch_size": 8.0}, "batch_size must be an integer of at least 1"),
+        ({"renew": 0}, "renew must be an integer of at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model, bad, message):
+    with pytest.raises(ValueError, match=message):
         next(moments.learn(model, torch.zeros(32), None, **({"updates": 1} | bad)))
 
 
