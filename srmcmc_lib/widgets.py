@@ -1,4 +1,4 @@
-"""Sliders around the functions of plots.py. The only module that imports ipywidgets."""
+"""Sliders around functions that draw a figure. The only module that imports ipywidgets."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,0 +1,48 @@
+"""Figures are compared by what they draw, as in test_plots.py."""
+
+import numpy as np
+
+from srmcmc_lib import moment_plots
+
+
+def test_laws_are_densities_beside_their_moments():
+    p, q = np.array([0.25, 0.5, 0.25]), np.array([0.5, 0.5, 0.0])
+    h = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    left, right = moment_plots.laws(np.array([0.0, 0.5, 1.0]), {"p": ("k-", p), "q": ("r--", q)}, h).axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[0.5, 1.0, 0.5], [1.0, 1.0, 0.0]]
+    assert [bar.get_height() for bar in right.patches] == [0.25, 0.5]
+    (dots,) = right.lines
+    assert dots.get_ydata().tolist() == [0.5, 0.5] and dots.get_markerfacecolor() == "none"
+
+
+def test_omega_theta_names_the_five_laws_where_they_are():
+    path, onward = np.array([[-1.0, 0.0], [-0.5, 0.4], [0.0, 0.5]]), np.array([[0.0, 0.5], [0.8, 0.0]])
+    others = {k: np.array([[0.0, 1 / k], [2 / k, 0.0]]) for k in (2, 4)}
+    (axes,) = moment_plots.omega_theta(2, path, onward, np.array([0.0, 0.45]), others).axes
+    at = {text.get_text(): tuple(text.xy) for text in axes.texts if text.get_text()}
+    assert at["$p_0$"] == (-1.0, 0.0) and at["data"] == (0.0, 0.45) and at["MLE"] == (0.0, 0.0)
+    assert at[r"$q_{\theta}$ after K = 2 steps (MME)"] == (0.0, 0.5)
+    assert at[r"$p_{\theta}$: the chain run on"] == (0.8, 0.0)
+    assert "K = 4" in at and "K = 2" not in at  # K itself is the large dot
+    assert axes.get_aspect() == 1  # distances in the drawing mean something
+
+
+def test_divergences_mark_the_unmatched():
+    figure = moment_plots.divergences({"a": {20: (0.1, 0.2), 50: (0.05, 0.1)}, "b": {5: (0.3, 0.4)}}, unmatched=[5])
+    for axes, values in zip(figure.axes, ([0.1, 0.05], [0.2, 0.1]), strict=True):
+        assert axes.lines[0].get_ydata().tolist() == values and axes.lines[1].get_xdata().tolist() == [5]
+        assert [text.get_text() for text in axes.texts] == ["no θ at K = 5"]
+
+
+def test_learning_paths_draw_θ_and_its_distance():
+    left, right = moment_plots.learning_paths(np.array([3.0, 4.0]), {"a": np.array([[0.0, 0.0], [3.0, 3.0]])}).axes
+    assert left.lines[0].get_xydata().tolist() == [[0.0, 0.0], [3.0, 3.0]]
+    assert right.lines[0].get_ydata().tolist() == [5.0, 1.0]
+
+
+def test_planes_share_one_scale_and_put_the_first_axis_across():
+    law = np.zeros(9)
+    law[2] = 1.0  # x = (-3, 3): the first axis of plane_world is x_1
+    left, right = moment_plots.planes({"a": law, "b": np.full(9, 1 / 9)}).axes
+    assert left.images[0].get_array()[2, 0] == 1.0 and left.images[0].origin == "lower"
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 1)
