@@ -117,23 +117,26 @@ def planes(laws: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def moment_learning(curves: dict[str, np.ndarray], smooth: int = 5) -> Figure:
-    """The relative moment error of each update's batch, by label, with running means; dashed where K changes.
+def moment_learning(curves: dict[str, dict], smooth: int = 5) -> Figure:
+    """The relative moment error of each update's batch, by label, with running means.
+
+    Dashed where K changes, dotted where only the size of the batch does.
 
     Args:
-        curves: anything with "steps" (K) and "relative", [updates] each.
-        smooth: updates in the running mean, which starts anew with each K.
+        curves: anything with "steps" (K), "batch" (chains) and "relative", [updates] each.
+        smooth: updates in the running mean, which starts anew at each of these lines.
     """
     figure, ax = subplots(figsize=(6.5, 3), layout="constrained")
     for i, (label, curve) in enumerate(curves.items()):
-        K, relative = np.asarray(curve["steps"]), np.asarray(curve["relative"])
+        K, m, relative = (np.asarray(curve[name]) for name in ("steps", "batch", "relative"))
         ax.semilogy(np.arange(1, len(K) + 1), relative, color=f"C{i}", lw=0.6, alpha=0.5)
-        for part in np.split(np.arange(len(K)), np.flatnonzero(np.diff(K)) + 1):
+        for part in np.split(np.arange(len(K)), np.flatnonzero(np.diff([K, m]).any(0)) + 1):
             window = min(smooth, len(part))
             mean = np.convolve(relative[part], np.ones(window) / window, "valid")
             ax.semilogy(part[window - 1 :] + 1, mean, color=f"C{i}", lw=1.6, label=label if part[0] == 0 else None)
             if part[0]:
-                ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls="--")
+                style = "--" if K[part[0]] != K[part[0] - 1] else ":"
+                ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls=style)
     ax.set(xlabel="update", ylabel="relative moment error of a batch")
     ax.legend(frameon=False, fontsize=8)
     return figure

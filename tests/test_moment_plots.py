@@ -46,3 +46,15 @@ def test_planes_share_one_scale_and_put_the_first_axis_across():
     left, right = moment_plots.planes({"a": law, "b": np.full(9, 1 / 9)}).axes
     assert left.images[0].get_array()[2, 0] == 1.0 and left.images[0].origin == "lower"
     assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 1)
+
+
+def test_learning_is_dashed_where_k_changes_and_dotted_where_only_the_batch_does():
+    relative = np.array([1.0, 0.5, 0.4, 0.3, 0.2, 0.1])
+    curve = {"steps": [20, 20, 50, 50, 50, 50], "batch": [8, 8, 16, 16, 24, 24], "relative": relative}
+    (axes,) = moment_plots.moment_learning({"a": curve}, smooth=2).axes
+    raw, *means = [line for line in axes.lines if line.get_linestyle() == "-"]
+    assert raw.get_xydata().tolist() == [[i + 1, r] for i, r in enumerate(relative)]
+    assert [mean.get_xdata().tolist() for mean in means] == [[2], [4], [6]]
+    np.testing.assert_allclose([mean.get_ydata()[0] for mean in means], [0.75, 0.35, 0.15])
+    marks = {line.get_linestyle(): line.get_xdata() for line in axes.lines if line.get_linestyle() != "-"}
+    assert marks == {"--": [2.5, 2.5], ":": [4.5, 4.5]}
