@@ -26,9 +26,10 @@ from srmcmc_lib.recipes import grow
 
 AUTHORS = {"steps": 100, "rate": 1e-4, "sigma": 0.03}  # constant Adam, m = 64, no averaging
 LOWERED = {"rate": 3e-4, "rate_final": 2e-5, "lower_from": 0.0}
+QUIET = {"sigma": 0.06, "sigma_final": 0.01, "lower_from": 0.0}  # the noise on the data is lowered, too
 # arm: its stages, each TrainConfig's settings and K; `updates` are those of --scale 1
 ARMS = {
-    "authors": [{**AUTHORS, "updates": 3000}],  # through plain_train below
+    "authors": [{**AUTHORS, "updates": 4500}],  # through plain_train below
     "loop": [{**AUTHORS, "updates": 1200}],  # the same recipe through this library's loop
     "schedule": [{**AUTHORS, **LOWERED, "updates": 1200}],
     "sigma": [{**AUTHORS, "sigma": 0.1, "sigma_final": 0.03, "lower_from": 0.0, "updates": 1200}],
@@ -38,9 +39,11 @@ ARMS = {
         {"steps": 30, "rate": 1e-4, "sigma": 0.06, "updates": 2400},
         {**AUTHORS, "updates": 500},
     ],
+    "short_rate": [{"steps": 30, **LOWERED, "rate": 2e-4, "sigma": 0.06, "updates": 4000}],
+    "short_both": [{"steps": 30, **LOWERED, "rate": 2e-4, **QUIET, "updates": 4000}],
     "ours": [
-        {"steps": 30, "rate": 2e-4, "rate_final": 5e-5, "lower_from": 0.0, "sigma": 0.06, "updates": 2400},
-        {**AUTHORS, "rate_final": 1e-5, "lower_from": 0.2, "updates": 500},
+        {"steps": 20, "rate": 3e-4, "rate_final": 3e-5, **QUIET, "updates": 5600},
+        {"steps": 100, "rate": 3e-5, "rate_final": 1e-5, "lower_from": 0.0, "sigma": 0.01, "updates": 300},
     ],
 }
 COLUMNS = ("arm", "K", "updates", "seconds", "theta", "average")

@@ -126,3 +126,13 @@ class LinearEnergy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """f_θ(x) for images x of shape [B, C, H, W]; returns [B]."""
         return self.inner(self.h(x))[:, 0]
+
+
+@torch.no_grad()
+def scale(f: nn.Module, c: float) -> None:
+    """f ← c·f, in place, where f's last convolution or linear layer gives its value; ValueError where f has none."""
+    layers = [layer for layer in f.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    if not layers:
+        raise ValueError(f"{type(f).__name__} cannot be scaled: it has no convolution and no linear layer")
+    for p in layers[-1].parameters():
+        p.mul_(c)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import moments, paths
 from .checkpoint import find
 from .data import observed, to_uint8
 from .devices import PRECISIONS, arithmetic, ranks
-from .energy import EnergyNet
+from .energy import EnergyNet, scale
 from .langevin import Langevin
 from .metrics import embed, scores
 from .profiles import Loader
@@ -175,13 +175,10 @@ def grow(model: ShortRun, steps: int) -> ShortRun:
     """The model with another K and almost the same images: f is scaled by K_old / K_new, so K·s·f' is kept.
 
     K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
-    with the paper's K = 100. Our own device, not the paper's. Scales the last layer of model.f in place.
+    with the paper's K = 100. Our own device, not the paper's. Scales model.f in place.
     """
     grown = model.with_steps(steps)
-    last = [m for m in model.f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
-    with torch.no_grad():
-        for p in last.parameters():
-            p.mul_(model.kernel.steps / steps)
+    scale(model.f, model.kernel.steps / steps)
     return grown
 
 

@@ -36,6 +36,9 @@ class TrainConfig:
         compile: torch.compile f (on CPUs it gained nothing).
         sub_batch: how many images a device takes at once, to save memory; changes speed, not the update. None takes
             all of its share, or what its memory holds.
+        path: after each update f is scaled so that the chains' path K·s·‖∂f/∂x‖ is drawn to this many times the way
+            ‖x⁺ − z‖ that it has to go (our device, see `training.check`): f then learns to stop at the images, instead
+            of being just steep enough to come by them at K. None: as steep as eq. (6) makes it.
         alarm: stop when the chains' path is this many times as long as the way it has to go, see `check`; None: never.
 
     Raises:
@@ -61,6 +64,7 @@ class TrainConfig:
     channels_last: bool = True
     compile: bool = False
     sub_batch: int | None = None
+    path: float | None = None
     alarm: float | None = 1.6
 
     def __post_init__(self):
@@ -82,6 +86,8 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
         if self.alarm is not None and not self.alarm > 1:
             raise ValueError(f"alarm must be None or a number above 1, got {self.alarm!r}")
+        if self.path is not None and not 1 < self.path < (self.alarm or math.inf):
+            raise ValueError(f"path must be None, or above 1 and below alarm={self.alarm!r}, got {self.path!r}")
 
     def scheduled(self, start: float, final: float | None, step: int) -> float:
         """The value of a schedule at update `step` (0 … updates − 1)."""

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .data import check_images, to_float
 from .devices import arithmetic, at_once, check_same, prepared, ranks, same_start, share, summed
+from .energy import scale
 from .langevin import langevin_chain
 from .records import Record, open_log
 from .resuming import State, previous
@@ -20,6 +21,7 @@ from .settings import TrainConfig
 from .shortrun import ShortRun
 
 WATCHED = 20  # updates over which the alarm averages
+PULL = 0.1  # how much of the way to TrainConfig.path, on a logarithmic scale, f is scaled at each update
 
 
 def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = True) -> Iterator[Record]:
@@ -38,7 +40,8 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
             NAME.previous… of another run is removed.
 
     Raises (at the call, before any work):
-        ValueError: wrong images, a checkpoint that was made with other settings, fewer images in a batch than ranks.
+        ValueError: wrong images, a checkpoint that was made with other settings, fewer images in a batch than ranks,
+            a `path` for a network without a convolution or a linear layer.
     Raises (while iterating):
         FloatingPointError: learning diverged, or the alarm fired before it did; the last two checkpoints are kept (the
             older as NAME.previous…), because images and d look healthy for a while after K·‖∂f/∂x‖ began to climb.
@@ -49,6 +52,8 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
         raise ValueError(f"batch_size={config.batch_size} leaves some of {ranks().num_processes} ranks idle")
     if not config.channels_last:
         model.f.to(memory_format=torch.contiguous_format)
+    if config.path:
+        scale(model.f, 1.0)  # a network that cannot be scaled is refused before any work
     same_start(model.f)
     state = State(model, config, images)
     if resume and config.checkpoint and Path(config.checkpoint).exists():
@@ -77,6 +82,8 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
                 d, grad_norm, way, n = update(state, f, images, sigma, rate, n)
             watched.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
             check(d, grad_norm, watched, state, rate, sigma)
+            if config.path:
+                scale(model.f, (config.path / watched[-1]) ** PULL)
             state.step += 1
             state.seconds = time.perf_counter() - started
             state.update_average()

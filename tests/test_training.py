@@ -527,6 +527,53 @@ def test_the_alarm_stops_train_and_can_be_switched_off(tmp_path):
     assert [r.step for r in rest] == list(range(16, WATCHED + 4))
 
 
+def path_over_way(records, model: ShortRun) -> float:
+    """K·s·‖∂f/∂x‖ of the last update, over ‖x⁺ − z‖ of IMAGES."""
+    x = to_float(IMAGES)
+    way = (x - Uniform().draw(x.shape, Generator().manual_seed(0))).flatten(1).norm(dim=1).mean().item()
+    return model.kernel.steps * records[-1].grad_norm / way
+
+
+def test_the_chains_path_is_drawn_to_the_one_asked_for():
+    c = config(updates=80, rate=1e-9, path=2.0, alarm=3.0)  # θ all but stays, apart from f's scale
+    model = tiny()
+    assert path_over_way(list(train(model, IMAGES, c)), model) == pytest.approx(2.0, rel=0.1)
+    assert path_over_way(list(train(tiny(), IMAGES, replace(c, path=None))), model) < 0.5
+
+
+def test_a_run_with_a_path_that_is_resumed_equals_the_run_never_stopped(tmp_path):
+    c = config(path=1.2, checkpoint=str(tmp_path / "c.safetensors"), checkpoint_every=3)
+    whole = tiny()
+    list(train(whole, IMAGES, replace(c, checkpoint=None)))
+    for stop in (3, 6):
+        model = tiny()
+        list(train(model, IMAGES, replace(c, updates=stop)))
+    assert same(weights(model), weights(whole)) and not same(weights(whole), weights(tiny()))
+    with pytest.raises(ValueError, match=r"trained with path=1\.2, the config says None"):
+        train(tiny(), IMAGES, replace(c, path=None))
+
+
+def test_a_path_is_refused_for_a_network_that_cannot_be_scaled():
+    class Bare(Plain):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+            for name in [name for name, m in self.named_children() if isinstance(m, torch.nn.Linear)]:
+                delattr(self, name)
+
+        def forward(self, x):
+            return self.w * x.flatten(1).sum(1)
+
+    with pytest.raises(ValueError, match="Bare cannot be scaled"):
+        train(ShortRun(Bare(), Langevin(2)), IMAGES, config(path=1.2))
+
+
+@pytest.mark.parametrize("path", [1.0, 1.6, float("nan")])
+def test_a_path_out_of_range_is_refused(path):
+    with pytest.raises(ValueError, match=r"path must be None, or above 1 and below alarm=1\.6"):
+        config(path=path)
+
+
 def test_a_run_is_not_resumed_with_other_images(tmp_path):
     c = config(checkpoint=str(tmp_path / "c.safetensors"))
     list(train(tiny(), IMAGES, c))
