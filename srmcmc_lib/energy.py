@@ -3,6 +3,8 @@
 A network outputs f_θ(x) itself, not −f_θ(x): where f is high, images are likely, and the chain climbs f.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,9 +132,22 @@ class LinearEnergy(nn.Module):
 
 @torch.no_grad()
 def scale(f: nn.Module, c: float) -> None:
-    """f ← c·f, in place, where f's last convolution or linear layer gives its value; ValueError where f has none."""
-    layers = [layer for layer in f.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    if not layers:
-        raise ValueError(f"{type(f).__name__} cannot be scaled: it has no convolution and no linear layer")
-    for p in layers[-1].parameters():
+    """f ← c·f, in place, by its last convolution or linear layer, if f is as `check_scalable` wants it."""
+    for p in [m for m in f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1].parameters():
         p.mul_(c)
+
+
+@torch.no_grad()
+def check_scalable(f: nn.Module) -> None:
+    """ValueError where `scale` would not scale f, which is left as it was, to the bit."""
+    if any(isinstance(m, nn.Conv2d | nn.Linear) for m in f.modules()):
+        shape = (1, f.channels, f.image_size, f.image_size)
+        x = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(next(f.parameters()))
+        before = f(x)
+        scale(f, 2.0)
+        after = f(x)
+        scale(f, 0.5)  # powers of two: no rounding
+        if torch.allclose(after, 2 * before, rtol=1e-3):
+            return
+    raise ValueError(f"{type(f).__name__} cannot be scaled: its value must come from a convolution or linear layer, "
+                     "the last that its constructor makes")  # fmt: skip

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .checks import integer
 from .data import observed, to_float
-from .energy import LinearEnergy
+from .energy import LinearEnergy, scale
 from .features import Features, responses
 from .langevin import frozen
 from .shortrun import ShortRun
@@ -158,8 +158,7 @@ def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
         for i, stage in enumerate(recipe["moments"]):
             stage, K = dict(stage), model.kernel.steps
             model = model.with_steps(stage.pop("steps"))
-            with torch.no_grad():
-                model.f.theta.mul_(K / model.kernel.steps)
+            scale(model.f, K / model.kernel.steps)
             updates = learn(model, data, images, seed=recipe["seed"] + i, **stage)
             for r in tqdm(updates, total=stage["updates"], desc=f"K = {model.kernel.steps}"):
                 step += 1

@@ -22,7 +22,7 @@ from . import moments, paths
 from .checkpoint import find
 from .data import observed, to_uint8
 from .devices import PRECISIONS, arithmetic, ranks
-from .energy import EnergyNet, scale
+from .energy import EnergyNet, check_scalable, scale
 from .langevin import Langevin
 from .metrics import embed, scores
 from .profiles import Loader
@@ -49,9 +49,9 @@ def read_recipe(name: str) -> dict:
     if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
         known = {"steps", *signature(moments.learn).parameters} - {"model", "data", "images", "seed"}
         for stage in recipe["moments"]:
-            if stage.keys() - known or not {"steps", "updates"} <= stage.keys():
+            if stage.keys() - known or not {"steps", "updates", "batch_size"} <= stage.keys():
                 raise ValueError(
-                    f"{path}: a stage takes {sorted(known)}, steps and updates always; got {sorted(stage)}"
+                    f"{path}: a stage takes {sorted(known)}; steps, updates and batch_size always; got {sorted(stage)}"
                 )
         return recipe
     if recipe.keys() - {"select"} != KEYS:
@@ -93,20 +93,21 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
         print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
         images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
+    configs = []  # all of them now: a setting out of range is no news to get after the first stage
+    for i, stage in enumerate(recipe["stages"], start=1):
+        files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
+        settings = {k: v for k, v in stage.items() if k != "steps"} | options
+        configs.append(TrainConfig(**settings, seed=recipe["seed"], **files))
     if "select" in recipe:
         embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
     torch.manual_seed(recipe["seed"])
     model, logs, learned = None, [], None
-    for i, settings in enumerate(recipe["stages"], start=1):
-        steps = settings["steps"]
+    for i, (stage, config) in enumerate(zip(recipe["stages"], configs, strict=True), start=1):
         if model is None:
-            model = ShortRun(EnergyNet(**recipe["network"]), Langevin(steps), dataset=recipe["dataset"])
+            model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stage["steps"]), dataset=recipe["dataset"])
         else:
-            model = grow(model, steps)
+            model = grow(model, stage["steps"])
         model.to(ranks().device).training = {}
-        files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
-        settings = {k: v for k, v in settings.items() if k != "steps"} | options
-        config = TrainConfig(**settings, seed=recipe["seed"], **files)
         if learned and Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint} comes from an earlier {learned}: delete it, stage {i} starts anew")
         candidates = _candidates(recipe, config, work) if i == len(recipe["stages"]) else {}
@@ -175,9 +176,10 @@ def grow(model: ShortRun, steps: int) -> ShortRun:
     """The model with another K and almost the same images: f is scaled by K_old / K_new, so K·s·f' is kept.
 
     K·‖∂f/∂x‖ hardly depends on K (Table 2), so a model learned with a cheap short chain is a good start for learning
-    with the paper's K = 100. Our own device, not the paper's. Scales model.f in place.
+    with the paper's K = 100. Our own device, not the paper's. Scales model.f in place; ValueError where that cannot be.
     """
     grown = model.with_steps(steps)
+    check_scalable(model.f)
     scale(model.f, model.kernel.steps / steps)
     return grown
 

@@ -16,7 +16,7 @@ class TrainConfig:
         batch_size: m, observed and synthesised images per update.
         rate: η, Adam's learning rate.
         sigma: σ, the standard deviation of the noise added to observed images (range [-1, 1]). The smaller the
-            better until learning turns unstable; keep it above the chain's own noise, σ ≥ 2 ε.
+            better until learning turns unstable; at K = 100 keep it above the chain's own noise, σ ≥ 2 ε.
         rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
         lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice: the
             paper only says "gradually"). 0 lowers over the whole run.
@@ -36,9 +36,10 @@ class TrainConfig:
         compile: torch.compile f (on CPUs it gained nothing).
         sub_batch: how many images a device takes at once, to save memory; changes speed, not the update. None takes
             all of its share, or what its memory holds.
-        path: after each update f is scaled so that the chains' path K·s·‖∂f/∂x‖ is drawn to this many times the way
-            ‖x⁺ − z‖ that it has to go (our device, see `training.check`): f then learns to stop at the images, instead
-            of being just steep enough to come by them at K. None: as steep as eq. (6) makes it.
+        path: more than 1, less than `alarm`: f is scaled by a few percent after each update, so that the chains' path
+            K·s·‖∂f/∂x‖ is drawn towards this many times the distance ‖x⁺ − z‖ that it has to cover. f then learns to
+            stop at the images, instead of being just steep enough to pass them at step K. None: as steep as eq. (6)
+            makes it. Our device, not the paper's.
         alarm: stop when the chains' path is this many times as long as the way it has to go, see `check`; None: never.
 
     Raises:
@@ -87,7 +88,9 @@ class TrainConfig:
         if self.alarm is not None and not self.alarm > 1:
             raise ValueError(f"alarm must be None or a number above 1, got {self.alarm!r}")
         if self.path is not None and not 1 < self.path < (self.alarm or math.inf):
-            raise ValueError(f"path must be None, or above 1 and below alarm={self.alarm!r}, got {self.path!r}")
+            raise ValueError(
+                f"path must be None, or above 1 and below alarm={self.alarm!r} (raise that), got {self.path!r}"
+            )
 
     def scheduled(self, start: float, final: float | None, step: int) -> float:
         """The value of a schedule at update `step` (0 … updates − 1)."""

@@ -90,6 +90,13 @@ def test_a_mistyped_recipe_is_refused_by_name(tiny, changes, named):
         recipes.read_recipe("tiny")
 
 
+def test_a_setting_out_of_range_in_a_late_stage_stops_the_run_before_the_first(tiny, tmp_path):
+    tiny(stages=[TINY["stages"][0], TINY["stages"][1] | {"path": 2.4}])
+    with pytest.raises(ValueError, match=r"path must be None, or above 1 and below alarm=1\.6"):
+        recipes.run("tiny", tmp_path / "work", tmp_path / "out")
+    assert not (tmp_path / "work").exists()
+
+
 def test_an_unknown_recipe_names_the_known_ones(tiny):
     with pytest.raises(FileNotFoundError, match="tiny"):
         recipes.read_recipe("tinny")

@@ -539,6 +539,9 @@ def test_the_chains_path_is_drawn_to_the_one_asked_for():
     model = tiny()
     assert path_over_way(list(train(model, IMAGES, c)), model) == pytest.approx(2.0, rel=0.1)
     assert path_over_way(list(train(tiny(), IMAGES, replace(c, path=None))), model) < 0.5
+    learned = tiny()  # and against Adam
+    assert path_over_way(list(train(learned, IMAGES, replace(c, rate=1e-3))), learned) > 1
+    assert path_over_way(list(train(tiny(), IMAGES, replace(c, rate=1e-3, path=None))), learned) < 0.5
 
 
 def test_a_run_with_a_path_that_is_resumed_equals_the_run_never_stopped(tmp_path):
@@ -548,24 +551,56 @@ def test_a_run_with_a_path_that_is_resumed_equals_the_run_never_stopped(tmp_path
     for stop in (3, 6):
         model = tiny()
         list(train(model, IMAGES, replace(c, updates=stop)))
-    assert same(weights(model), weights(whole)) and not same(weights(whole), weights(tiny()))
+    free = tiny()
+    list(train(free, IMAGES, replace(c, checkpoint=None, path=None)))
+    assert same(weights(model), weights(whole)) and not same(weights(whole), weights(free))
     with pytest.raises(ValueError, match=r"trained with path=1\.2, the config says None"):
         train(tiny(), IMAGES, replace(c, path=None))
 
 
-def test_a_path_is_refused_for_a_network_that_cannot_be_scaled():
-    class Bare(Plain):
-        def __init__(self):
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.ones(1))
-            for name in [name for name, m in self.named_children() if isinstance(m, torch.nn.Linear)]:
-                delattr(self, name)
+class Sum(torch.nn.Module):
+    """f = w·Σx: no layer gives its value."""
 
-        def forward(self, x):
-            return self.w * x.flatten(1).sum(1)
+    channels, image_size = 1, 8
 
-    with pytest.raises(ValueError, match="Bare cannot be scaled"):
-        train(ShortRun(Bare(), Langevin(2)), IMAGES, config(path=1.2))
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.w * x.flatten(1).sum(1)
+
+
+class Backwards(torch.nn.Module):
+    """The layer that gives f's value is made first."""
+
+    channels, image_size = 1, 8
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.inn = torch.nn.Linear(4, 1), torch.nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.inn(x.flatten(1))))[:, 0]
+
+
+@pytest.mark.parametrize("network", [Sum, Backwards])
+def test_a_path_and_growth_are_refused_for_a_network_that_cannot_be_scaled(network):
+    torch.manual_seed(0)
+    model = ShortRun(network(), Langevin(2))
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"{network.__name__} cannot be scaled"):
+        train(model, IMAGES, config(path=1.2))
+    with pytest.raises(ValueError, match=f"{network.__name__} cannot be scaled"):
+        grow(model, 4)
+    assert same(before, weights(model))
+
+
+def test_a_path_waits_until_there_is_one():
+    model = tiny()
+    torch.nn.init.zeros_(model.f.layers[-1].weight)
+    first, *_, last = train(model, IMAGES, config(updates=60, path=1.2, alarm=None))
+    assert first.grad_norm == 0 < last.grad_norm
 
 
 @pytest.mark.parametrize("path", [1.0, 1.6, float("nan")])
