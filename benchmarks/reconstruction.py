@@ -2,7 +2,7 @@
 
 python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
 python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images × 200 iterations: K = 100, n_f = 16
-                                                                 # take about 27 minutes on one core
+                                                                 # take about 40 minutes on one free core
 python benchmarks/reconstruction.py errors --model fashion_mnist_silu --iterations 8  # its iterations cost four chains
 
 Times are ratios within one run, for they mean nothing across machines; bytes are the CPU allocator's.
