@@ -10,8 +10,7 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import rel_entr
 
-from .checks import integer
-from .grid import GridWorld, bumps_world, check_law, line_world, plane_world
+from .grid import GridWorld, bumps_world, check_integer, check_law, line_world, plane_world
 
 __all__ = [
     "GridWorld", "Learning", "Match", "NoMatch", "bumps_world", "kl", "learn", "line_world", "plane_world", "solve_mle",
@@ -74,7 +73,7 @@ def solve_mme(world: GridWorld, steps: int, start=None) -> Match:
         q, dq = world.q_and_tangent(θ, steps)
         return q, world.h.T @ dq
 
-    integer("steps (K)", steps)
+    check_integer("steps (K)", steps)
     θ_mle = solve_mle(world).theta
     given = [] if start is None else [world._θ(start)]
     starts = [*given, θ_mle, 2 * θ_mle, 4 * θ_mle]
@@ -151,10 +150,10 @@ def learn(
         start: θ_0; zeros if None.
         seed: of the examples and the chains.
     """
-    integer("steps (K)", steps)
-    integer("updates", updates, 0)
+    check_integer("steps (K)", steps)
+    check_integer("updates", updates, 0)
     if batch is not None:
-        integer("batch", batch)
+        check_integer("batch", batch)
     if not 0 < rate < float("inf") or not decay > 0:
         raise ValueError("rate and decay must be positive")
     rng = np.random.default_rng(seed)

@@ -82,7 +82,7 @@ class GridWorld:
 
     def q(self, θ, steps: int) -> np.ndarray:
         """Eq. (5): the short-run model q_θ = p_0 M_θ^K, [n]."""
-        *_, q = self.laws(θ, integer("steps (K)", steps))
+        *_, q = self.laws(θ, check_integer("steps (K)", steps))
         return q
 
     def chains(self, θ, steps: int, m: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -91,7 +91,7 @@ class GridWorld:
         rising = np.concatenate([[0.0], np.cumsum(M.data)])  # inverts every row's distribution function in one search
         state = rng.choice(len(self.x), m, p=self.p_0)
         yield state
-        for _ in range(integer("steps (K)", steps)):
+        for _ in range(check_integer("steps (K)", steps)):
             first, last = M.indptr[state], M.indptr[state + 1] - 1
             at = np.searchsorted(rising, rising[first] + rng.random(m), side="right") - 1
             state = M.indices[np.clip(at, first, last)]
@@ -102,7 +102,7 @@ class GridWorld:
 
         Exact wherever no acceptance ratio is 1: there Metropolis' rule has a kink and one side's derivative is taken.
         """
-        θ, steps = self._θ(θ), integer("steps (K)", steps)
+        θ, steps = self._θ(θ), check_integer("steps (K)", steps)
         n, d = self.h.shape
         M, dM = self._transition(θ, tangent=True)
         M_T = self._matrix(M[self._pairs.flip])
@@ -216,6 +216,11 @@ def plane_world(side: int = 64, **constants) -> GridWorld:
     centres = [[0.0, 0.0], [1.5, 0.0], [-1.5, 0.0], [0.0, 1.5], [0.0, -1.5]]
     means, stds, weights = [[-1.4, -0.3], [1.2, -0.8], [0.3, 1.4]], [0.5, 0.4, 0.5], [0.4, 0.3, 0.3]
     return bumps_world(side, centres, 0.8, means, stds, weights, **{"reach": 5.0, **constants})
+
+
+def check_integer(name: str, value: int, low: int = 1) -> int:
+    """checks.integer, which numpy's integers pass too."""
+    return integer(name, int(value) if isinstance(value, np.integer) else value, low)
 
 
 def check_law(p, n: int | None, name: str) -> np.ndarray:

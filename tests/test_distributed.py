@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_training import IMAGES, config, same, timeless, tiny, weights
@@ -308,6 +309,7 @@ def test_tf32_is_allowed_inside_an_update_only(precision, tf32):
         (dict(precision="fp16"), "precision='fp16' is unknown; choose one of float32, tf32, bf16"),
         (dict(sub_batch=0), "sub_batch must be an integer of at least 1"),
         (dict(sub_batch=2.0), "sub_batch must be"),
+        (dict(updates=np.int64(3)), "updates must be"),  # JSON, and so a checkpoint, would not take it
         (dict(alarm=1.0), "alarm must be None or a number above 1"),
         (dict(alarm=float("nan")), "alarm must be"),
     ],
