@@ -109,14 +109,8 @@ def run(arm: str, args) -> list[dict]:
                 values = [
                     measured(model, f, reference, args.samples, args.image_size) for f in (model.f, average.module)
                 ]
-                row = (
-                    arm,
-                    checksum(arm),
-                    stage["steps"],
-                    done + step,
-                    round(seconds, 1),
-                    *(round(v, 2) for v in values),
-                )
+                at = (stage["steps"], done + step, round(seconds, 1))
+                row = (arm, checksum(arm), *at, *(round(v, 2) for v in values))
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
                 started = time.process_time()

@@ -1,6 +1,6 @@
 """ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from .checks import integer
 from .energy import EnergyNet, LinearEnergy
 from .interpolation import mix
 from .langevin import Langevin, langevin_chain
-from .priors import FOR_U, FOR_Z, PRIORS, Gaussian, Uniform, as_seed, streams
+from .priors import FOR_Z, PRIORS, Gaussian, Noise, Uniform, as_seed, chain_noise, streams
 from .reconstruction import Reconstruction, reconstruct
-
-Noise = int | Generator | Tensor | Iterable[Tensor] | None
 
 
 @dataclass
@@ -197,27 +195,7 @@ class ShortRun:
         return z.to(self.device)
 
     def _noise(self, u: Noise, n: int, start: int = 0) -> Iterator[Tensor] | None:
-        """K tensors of N(0, I) on the model's device, drawn or as given; None for the noise-free chain."""
-        K, shapes = self.kernel.steps, [(b, *self.shape) for b in (1, n)]
-        if u is None:
-            return None
-        if isinstance(u, int | Generator):
-            each = streams(u, FOR_U, start, n)
-            return (torch.stack([torch.randn(self.shape, generator=g) for g in each]).to(self.device) for _ in range(K))
-        if not isinstance(u, Iterable):
-            raise ValueError(f"u must be None, a seed, a torch.Generator or K tensors, got {type(u).__name__}")
-        if (isinstance(u, Sized) and len(u) != K) or (isinstance(u, Tensor) and tuple(u.shape[1:]) not in shapes):
-            got = tuple(u.shape) if isinstance(u, Tensor) else len(u)
-            raise ValueError(f"u must hold K = {K} tensors of shape {shapes[0]} or {shapes[1]}, got {got}")
-
-        def given() -> Iterator[Tensor]:
-            for k, u_k in enumerate(u):
-                if tuple(u_k.shape) not in shapes or not u_k.isfinite().all():
-                    what = "a NaN or infinity" if tuple(u_k.shape) in shapes else f"the shape {tuple(u_k.shape)}"
-                    raise ValueError(f"u at step {k} has {what}; K = {K} finite tensors {shapes[0]} or {shapes[1]} fit")
-                yield u_k.to(self.device)
-
-        return given()
+        return chain_noise(u, self.kernel.steps, self.shape, n, start, self.device)
 
     def save(self, path: str | Path, **extra: Tensor) -> Path:
         """Writes one safetensors file that holds everything needed to sample again; returns its path.

@@ -491,11 +491,16 @@ def steps_until_the_alarm(K: int, way: float, records, **settings) -> int | None
     return None
 
 
+def mean_way(images: torch.Tensor) -> float:
+    """Mean ‖x⁺ − z‖ of uint8 images."""
+    x = to_float(images)
+    return (x - Uniform().draw(x.shape, Generator().manual_seed(0))).flatten(1).norm(dim=1).mean().item()
+
+
 @pytest.fixture(scope="module")
 def way() -> float:
-    """Mean ‖x⁺ − z‖ of Fashion-MNIST at 32×32 (its first 1,000 embedded images)."""
-    x = to_float(observed("fashion_mnist_mini", limit=1_000))
-    return (x - Uniform().draw(x.shape, Generator().manual_seed(0))).flatten(1).norm(dim=1).mean().item()
+    """That of Fashion-MNIST at 32×32 (its first 1,000 embedded images)."""
+    return mean_way(observed("fashion_mnist_mini", limit=1_000))
 
 
 def test_the_alarm_stays_silent_on_the_shipped_healthy_runs(way):
@@ -529,9 +534,7 @@ def test_the_alarm_stops_train_and_can_be_switched_off(tmp_path):
 
 def path_over_way(records, model: ShortRun) -> float:
     """K·s·‖∂f/∂x‖ of the last update, over ‖x⁺ − z‖ of IMAGES."""
-    x = to_float(IMAGES)
-    way = (x - Uniform().draw(x.shape, Generator().manual_seed(0))).flatten(1).norm(dim=1).mean().item()
-    return model.kernel.steps * records[-1].grad_norm / way
+    return model.kernel.steps * records[-1].grad_norm / mean_way(IMAGES)
 
 
 def test_the_chains_path_is_drawn_to_the_one_asked_for():
