@@ -1,6 +1,7 @@
 """Images prepared once, in parallel, into a memory-mapped uint8 file that is either complete or not there."""
 
 import json
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from . import paths
 
 HEADER = 128  # bytes of an .npy header of four axes; numpy leaves room in it for the first axis to grow
 BLOCK = 2**24  # bytes of pixels in memory at once
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError,
+              TypeError, EOFError, struct.error)  # fmt: skip
 
 
 def load(key: str) -> tuple[np.ndarray, list[str]] | None:

@@ -46,7 +46,7 @@ def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str
         raise ValueError(
             f"{source} learned {model.dataset!r} at {model.f.image_size}²: the cards are of Fashion-MNIST at 32²"
         )
-    training = observed(model.dataset)
+    training = observed(model.dataset, limit=model.training.get("recipe", {}).get("limit", 40_000))
     held_out = observed(model.dataset, split="test")
     started = time.perf_counter()
     with arithmetic("float32", model.device):
@@ -91,9 +91,17 @@ def report(measured: dict, space: str) -> str:
     return "\n".join(lines)
 
 
+def card_of(source: str | Path) -> Path:
+    """The card beside a model's weights; FileNotFoundError where there is none."""
+    path = find(source).with_suffix(".json")
+    if not path.exists():
+        raise FileNotFoundError(f"no card {path} to write on: `python -m srmcmc_lib.recipes` makes one with a model")
+    return path
+
+
 def write(source: str | Path, kind: str, command: str, measured: dict) -> None:
     """Puts measurements, and the command that gives them again, on the card beside a model's weights."""
-    path = find(source).with_suffix(".json")
+    path = card_of(source)
     card = json.loads(path.read_text(encoding="utf-8"))
     card.setdefault("measured", {})[kind] = {"command": command, **measured}
     path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -132,6 +140,8 @@ if __name__ == "__main__":
     if args.table or not args.name:
         print(table())
     else:
+        if args.write:
+            card_of(args.name)  # missing, it is missed before the measuring
         measured = measure(args.name, args.samples, args.seed, args.space)
         print(report(measured, args.space))
         if args.write:

@@ -4,6 +4,7 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,8 +24,20 @@ def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
     aside = path.with_name(path.name + ".part")
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     save_file(tensors, aside, {"srmcmc": json.dumps(meta)})
+    aside.chmod(0o644)  # save_file's own 0600 would hide it from everybody else on a cluster
     aside.replace(path)
     return path
+
+
+def check_writable(path: str | Path) -> None:
+    """OSError where `path` could not be written; makes its folder."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"checkpoint {path} cannot be written ({error}): give a file in a folder that can") from error
 
 
 def find(source: str | Path) -> Path:
@@ -32,7 +45,7 @@ def find(source: str | Path) -> Path:
     for path in (Path(source), paths.PRETRAINED / f"{source}.safetensors"):
         if path.is_file():
             return path
-    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors"))
+    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors") if not p.stem.endswith("_classifier"))
     raise FileNotFoundError(f"no checkpoint {str(source)!r}: give a .safetensors file or one of {shipped}")
 
 

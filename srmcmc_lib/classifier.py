@@ -85,7 +85,8 @@ def load_classifier(source: str | Path = NAME) -> Classifier:
     path = Path(source)
     path = path if path.suffix else paths.PRETRAINED / f"{source}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"no classifier at {path}: `python -m srmcmc_lib.classifier` trains it in minutes")
+        train = "`python -m srmcmc_lib.classifier --out srmcmc_lib/pretrained` trains it in minutes"
+        raise FileNotFoundError(f"no classifier at {path}: {train if source == NAME else 'give a .safetensors file'}")
     model = Classifier()
     try:
         model.load_state_dict(load_file(path))
@@ -98,7 +99,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=paths.PRETRAINED)
+    parser.add_argument("--out", type=Path, default=paths.checkpoints() / "retrained")  # overwrites nothing
     args = parser.parse_args()
     started = time.perf_counter()
     model = train_classifier(observed("fashion_mnist"), labels("fashion_mnist"), args.epochs, seed=args.seed)

@@ -50,10 +50,7 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
         ImportError: lsun_bedroom without the package lmdb.
     """
     integer("image_size", image_size, 4, 1024)
-    if limit is not None:
-        integer("limit", limit)
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'")
+    _check_part(split, limit)
     if name.startswith("folder:"):
         images = datasets.folder(name.removeprefix("folder:"), image_size, limit, split)
     elif name in datasets.FOLDERS:
@@ -66,8 +63,19 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
 
 
 def labels(name: str, split: str = "train", limit: int | None = 40_000) -> Tensor:
-    """The classes (0 … 9, see CLASSES) of "fashion_mnist" or "fashion_mnist_mini", int64 [n], in observed's order."""
+    """The classes (0 … 9, see CLASSES) of "fashion_mnist" or "fashion_mnist_mini", int64 [n], in observed's order.
+
+    Raises ValueError as `observed` does, and for a set without labels.
+    """
+    _check_part(split, limit)
     return torch.from_numpy(_fashion(name, split, "labels", limit)).long()
+
+
+def _check_part(split: str, limit: int | None) -> None:
+    if limit is not None:
+        integer("limit", limit)
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'")
 
 
 def to_float(images: Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -161,8 +161,11 @@ def _read(file: Path, size: int) -> Image.Image:
     """A file of any mode and shape: turned as its EXIF says, cropped at the centre, resized; grey stays grey."""
     with Image.open(file) as image:
         image.load()
-        grey = image.mode in ("1", "L", "LA", "I;16")
-        if image.mode == "I;16":  # 16-bit grey: Pillow's conversion would clip instead of scaling
+        if image.mode in ("I", "F"):  # Pillow's conversion would clip it
+            raise ValueError(f"the scale of mode {image.mode} is not known")
+        deep = image.mode.startswith("I;16")
+        grey = deep or image.mode in ("1", "L", "LA")
+        if deep:  # 16-bit grey: Pillow's conversion would clip instead of scaling
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

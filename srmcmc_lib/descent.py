@@ -51,7 +51,7 @@ def lbfgs(memory: int = 10) -> Step:
     """z ← z − 2η H L'(z), H the inverse Hessian by L-BFGS (Nocedal and Wright 2006, Algorithm 7.4) from H_0 = I/2.
 
     There is no line search, which would cost whole chains. Pairs with a curvature under 0.01 are left out, so H is
-    positive definite and no step exceeds 200 η times the gradient's norm for that.
+    positive definite.
     """
     pairs, last = [], None
 

@@ -8,7 +8,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from .checks import integer
-from .classifier import NAME, load_classifier
+from .classifier import NAME, Classifier, load_classifier
 from .data import to_float
 
 # torchvision's networks, and the output of each stage, shallow to deep
@@ -76,7 +76,7 @@ def features(source: str = NAME, layer: int | None = None, pool: int = 1, weight
             "resnet18" or "vgg16" (their weights are fetched on first use).
         layer: counted from 1, shallow to deep; None is the deepest.
         pool: responses are averaged over pool × pool cells, which multiplies d by pool².
-        weights: of a torchvision network: "DEFAULT", or None for a random one.
+        weights: "DEFAULT", or None for random ones.
 
     Raises:
         ValueError: a layer or pool out of range.
@@ -87,7 +87,7 @@ def features(source: str = NAME, layer: int | None = None, pool: int = 1, weight
     for name, value, high in (("layer", layer, depth), ("pool", pool, 32)):
         integer(name, value, 1, high)
     if source not in STAGES:
-        model = load_classifier(source)
+        model = load_classifier(source) if weights else Classifier().eval().requires_grad_(False)
         fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.stages[:layer])
         return Features(nn.Sequential(*fused), model.channels, model.image_size, pool)  # 0.8 of the time, measured
     try:

@@ -224,10 +224,10 @@ def check_integer(name: str, value: int, low: int = 1) -> int:
 
 
 def check_law(p, n: int | None, name: str) -> np.ndarray:
-    """p as an array; ValueError where it is no law on n points (None: on any number)."""
+    """p as an array, rounding below 0 clipped; ValueError where it is no law on n points (None: on any number)."""
     p = np.asarray(p, dtype=float)
     if p.ndim != 1 or (n is not None and len(p) != n):
         raise ValueError(f"{name} must be a vector{'' if n is None else f' of {n}'} probabilities, got {p.shape}")
     if not (p >= -1e-12).all() or not abs(p.sum() - 1) < 1e-9:
         raise ValueError(f"{name} must be probabilities that sum to 1")
-    return p
+    return p.clip(0)

@@ -80,13 +80,13 @@ def gram(h: Features, x: Tensor) -> Tensor:
 
 class Learning(NamedTuple):
     """After `step` updates: θ and the weighted average of all θ so far, [d]; the last update's Δ(θ) [d], and
-    K·‖∂f/∂x‖ of its chains."""
+    the mean length of its chains' paths, Σ_k ‖x_{k+1} − x_k‖, the kernel's noise included."""
 
     step: int
     theta: Tensor
     mean: Tensor
     delta: Tensor
-    force: float
+    length: float
 
 
 def learn(
@@ -135,12 +135,12 @@ def learn(
         mean = mean + 4 / (t + 4) * (θ - mean)
         with torch.no_grad():
             model.f.theta.copy_(θ if t + 1 < updates else mean)
-        yield Learning(t + 1, θ, mean, Δ, moved.flatten(2).norm(dim=2).mean().item() * scale)
+        yield Learning(t + 1, θ, mean, Δ, moved.flatten(2).norm(dim=2).mean().item() * model.kernel.steps)
 
 
 def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
     """Learns a model from nothing by the stages of a recipe's `moments`, each from the θ of the one before times
-    K_old / K_new (as `recipes.grow`); writes step, K, ‖Δ(θ)‖ / ‖Δ(0)‖ and K·‖∂f/∂x‖ to a CSV.
+    K_old / K_new (as `recipes.grow`); writes step, K, ‖Δ(θ)‖ / ‖Δ(0)‖ and the length of the paths to a CSV.
 
     Returns:
         the model (E_data[h] over all images and E_p0[h] over 2,000 z in its record), the number of images, seconds.
@@ -154,7 +154,7 @@ def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["step", "steps", "relative", "force"])
+        table.writerow(["step", "steps", "relative", "length"])
         for i, stage in enumerate(recipe["moments"]):
             stage, K = dict(stage), model.kernel.steps
             model = model.with_steps(stage.pop("steps"))
@@ -162,7 +162,7 @@ def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
             updates = learn(model, data, images, seed=recipe["seed"] + i, **stage)
             for r in tqdm(updates, total=stage["updates"], desc=f"K = {model.kernel.steps}"):
                 step += 1
-                table.writerow([step, model.kernel.steps, (r.delta.norm() / unit).item(), r.force])
+                table.writerow([step, model.kernel.steps, (r.delta.norm() / unit).item(), r.length])
                 file.flush()
     model.training = {"data": data.tolist(), "start": start.tolist()}
     return model, len(images), time.perf_counter() - started
@@ -175,6 +175,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="put the measurements on the card beside the weights")
     args = parser.parse_args()
+    from .cards import card_of, write  # not above: cards imports recipes, and that this module
+
+    if args.write:
+        card_of(args.name)
     model = ShortRun.load(args.name)
     found = match(model.f.h, model.sample(args.samples, args.seed), *given(model))
     command = f"python -m srmcmc_lib.moments {args.name} --samples {args.samples} --seed {args.seed}"
@@ -184,6 +188,4 @@ if __name__ == "__main__":
     }  # fmt: skip
     print(json.dumps({"command": command, **measured}, indent=1))
     if args.write:
-        from .cards import write  # not above: cards imports recipes, and that this module
-
         write(args.name, "moments", command, measured)

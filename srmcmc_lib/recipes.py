@@ -1,9 +1,10 @@
 """Trains a shipped model from nothing by its recipe: `python -m srmcmc_lib.recipes fashion_mnist_mini`.
 
-A recipe, pretrained/NAME.yaml, names the data, the network, the seed of θ_0, and stages of learning. Stages after the
-first start from the model that `grow` makes of the one before: short chains are cheap, and the last stage has the K
-that is shipped. A stopped run goes on where its last checkpoint was. Instead of stages, `moments` lists settings of
-`moments.learn`; the network is then a LinearEnergy. `select` says which checkpoint of the last stage is shipped.
+A recipe, pretrained/NAME.yaml, names the data, the network, the seed and stages of learning. Stages after the first
+start from the model that `grow` makes of the one before: short chains are cheap, and the last stage has the K that is
+shipped. The seed is θ_0's, and that of all stages which give none of their own (these see the same draws again). A
+stopped run goes on where its last checkpoint was. Instead of stages, `moments` lists settings of `moments.learn`; the
+network is then a LinearEnergy. `select` says which checkpoint of the last stage is shipped.
 """
 
 import argparse
@@ -45,7 +46,13 @@ def find_recipe(name: str) -> Path:
 def read_recipe(name: str) -> dict:
     """The recipe of that name, or in that .yaml file; ValueError names an unknown or a missing key."""
     path = find_recipe(name)
-    recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    stages = recipe.get("stages", recipe.get("moments")) if isinstance(recipe, dict) else None
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"{path}: a recipe is a mapping, its stages or moments a list of settings; see a shipped one")
     if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
         known = {"steps", *signature(moments.learn).parameters} - {"model", "data", "images", "seed"}
         for stage in recipe["moments"]:
@@ -97,7 +104,7 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     for i, stage in enumerate(recipe["stages"], start=1):
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
         settings = {k: v for k, v in stage.items() if k != "steps"} | options
-        configs.append(TrainConfig(**settings, seed=recipe["seed"], **files))
+        configs.append(TrainConfig(**{"seed": recipe["seed"]} | settings | files))
     if "select" in recipe:
         embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
     torch.manual_seed(recipe["seed"])
@@ -124,7 +131,7 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for log in logs:
         shutil.copyfile(log, out / f"{name}-{log.name}")
-    return _ship(model, len(images), sum(read_log(log)[-1].seconds for log in logs), recipe, out / name)
+    return _ship(model, len(images), sum(read_log(log)[-1].seconds for log in logs), recipe, out / name, options)
 
 
 def _candidates(recipe: dict, config: TrainConfig, work: Path) -> dict[int, Path]:
@@ -142,9 +149,10 @@ def _copy(source: str | Path, target: Path) -> None:
     target.with_suffix(".part").replace(target)
 
 
-def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path) -> Path:
+def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path, options: dict | None = None) -> Path:
     card = {
         "recipe": recipe,
+        **({"options": options} if options else {}),
         "images": images,
         "hours": round(seconds / 3600, 3),
         "machine": f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} thread(s)",
@@ -196,14 +204,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a recipe of srmcmc_lib/pretrained, or a .yaml file like them")
     parser.add_argument("--work", type=Path, help="checkpoints of a run under way (default: checkpoints/NAME)")
-    parser.add_argument("--out", type=Path, help="where the finished files go (default: beside the recipe)")
+    out = "where the finished files go (default: checkpoints/retrained for a shipped recipe, else beside yours)"
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--precision", choices=PRECISIONS, help="of f and its gradient (default: the recipe's)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile f")
     parser.add_argument("--sub-batch", type=int, help="images a device takes at once (default: what its memory holds)")
     args = parser.parse_args()
     options = {k: v for k in ("precision", "compile", "sub_batch") if (v := getattr(args, k)) is not None}
     recipe = find_recipe(args.name)
-    path = run(args.name, args.work or paths.checkpoints() / recipe.stem, args.out or recipe.parent, **options)
+    shipped = recipe.parent == paths.PRETRAINED  # whose weights are not to be overwritten unasked
+    out = args.out or (paths.checkpoints() / "retrained" if shipped else recipe.parent)
+    path = run(args.name, args.work or paths.checkpoints() / recipe.stem, out, **options)
     if ranks().is_main_process:
         print(path)
     ranks().destroy_process_group()

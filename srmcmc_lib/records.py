@@ -29,24 +29,26 @@ class Record:
 
 def read_log(path: str | Path) -> list[Record]:
     """The records of a CSV log, in order."""
-    with Path(path).open(newline="") as file:
-        return [Record(int(row.pop("step")), **{k: float(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+    return [Record(int(row.pop("step")), **{k: float(v) for k, v in row.items()}) for row in _whole_rows(Path(path))]
 
 
-def open_log(target: str, step: int) -> Callable[[Record], None]:
+def _whole_rows(path: Path) -> list[dict[str, str]]:
+    """Without a row that a killed run left unfinished."""
+    text = path.read_text()
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def open_log(target: str | Path, step: int) -> Callable[[Record], None]:
     """A function that appends a Record to a CSV file (rows beyond `step` are dropped) or to a TensorBoard folder."""
-    if not target.endswith(".csv"):
+    if not str(target).endswith(".csv"):
         from torch.utils.tensorboard import SummaryWriter  # optional: pip install tensorboard
 
-        writer = SummaryWriter(target, purge_step=step + 1)
+        writer = SummaryWriter(str(target), purge_step=step + 1)
         return lambda r: [writer.add_scalar(k, v, r.step) for k, v in asdict(r).items() if k != "step"]
 
     path, names = Path(target), [f.name for f in fields(Record)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if step and path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    rows = [row for row in _whole_rows(path) if int(row["step"]) <= step] if step and path.exists() else []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from collections import deque
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,6 +19,9 @@ NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress", 
                 "alarm"}  # may change between stop and resume  # fmt: skip
 
 
+WATCHED = 20  # updates over which the alarm of `training.check` averages
+
+
 def previous(checkpoint: str | Path) -> Path:
     """Where the checkpoint before the last one is kept: NAME.previous.safetensors."""
     path = Path(checkpoint)
@@ -25,7 +29,8 @@ def previous(checkpoint: str | Path) -> Path:
 
 
 class State:
-    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, two counters.
+    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, the alarm's window,
+    two counters.
 
     Three generators draw on the model's device: K·m images of noise an update, drawn on the CPU, would take longer than
     a GPU's chain does (benchmarks/scale.py), and a run could not be repeated to the bit on another device anyway.
@@ -39,6 +44,7 @@ class State:
             p: Generator(d).manual_seed(4 * config.seed + i)
             for i, (p, d) in enumerate(zip(PURPOSES, devices, strict=True))
         }
+        self.ratios = deque(maxlen=WATCHED)  # of the chains' path to the way they had to go
         self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
         self.owns_checkpoint = False  # until restored or saved: the files of that name may be another run's
         # what a resumed run must share besides its settings: generators differ between devices
@@ -81,7 +87,8 @@ class State:
         settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
         settings["betas"] = list(settings["betas"])  # as JSON gives them back
         settings |= self.circumstances
-        self.model.training = {**self.model.training, "config": settings, "last": asdict(record)}
+        seen = {"last": asdict(record), "ratios": list(self.ratios)}
+        self.model.training = {**self.model.training, "config": settings, **seen}
 
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
@@ -89,7 +96,12 @@ class State:
             p.copy_(values[k])
 
     def restore(self, path: Path) -> None:
-        meta, tensors = read(path)
+        try:
+            meta, tensors = read(path)
+        except ValueError as error:
+            older = previous(path)
+            remedy = f"go on from {older} under another name" if older.exists() else "pass resume=False"
+            raise ValueError(f"{error}; {remedy}") from error
         stored = meta["training"].get("config")
         if stored is None or "generator.data" not in tensors:
             raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
@@ -99,6 +111,9 @@ class State:
             if was != asked:
                 raise ValueError(f"{path} was trained with {name}={was!r}, the config says {asked!r}: "
                                  "set it back, or pass resume=False to start anew")  # fmt: skip
+        if (done := meta["training"]["last"]["step"]) > self.config.updates:
+            raise ValueError(f"{path} is at update {done} already, the config ends at {self.config.updates}: "
+                             "raise updates, or pass resume=False to start anew")  # fmt: skip
         now, then = (c["horizon"] or c["updates"] for c in (asdict(self.config), {"horizon": None, **stored}))
         if now != then and (self.config.rate_final is not None or self.config.sigma_final is not None):
             raise ValueError(
@@ -125,5 +140,6 @@ class State:
             g.set_state(tensors[f"generator.{purpose}"])
         self.model.training, self.owns_checkpoint = meta["training"], True
         self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
+        self.ratios.extend(meta["training"].get("ratios", []))  # older checkpoints lack them
         if self.step >= self.config.updates:  # nothing left to learn: the model as the finished run left it
             self._fill(self.average)

@@ -1,5 +1,6 @@
 """ShortRun: network, kernel, prior and value range together, because the K-step chain itself is the model."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -230,9 +231,15 @@ class ShortRun:
         if f is None and meta["network"].get("class") not in known:
             raise ValueError(f"{path} holds weights of a {meta['network'].get('class')}: build one and pass it as f=")
         if f is None:
-            f = checkpoint.rebuilt(path, meta["network"], known)
-        elif (here := {"class": type(f).__name__, **getattr(f, "config", {})}) != meta["network"]:
-            raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
+            network = meta["network"]  # h's weights are in the file: what they once came from is not asked for again
+            f = checkpoint.rebuilt(path, {**network, "weights": None} if "weights" in network else network, known)
+            if "weights" in network:
+                f.weights = network["weights"]
+        else:
+            config = json.loads(json.dumps(getattr(f, "config", {})))  # with lists for tuples, as the file has them
+            here = {"class": type(f).__name__, **config}
+            if here != meta["network"]:
+                raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
         try:
             f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
         except RuntimeError as error:

@@ -3,7 +3,6 @@
 import math
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checkpoint import check_writable
 from .data import check_images, to_float
 from .devices import arithmetic, at_once, check_same, prepared, ranks, same_start, share, summed
 from .energy import check_scalable, scale
 from .langevin import langevin_chain
 from .records import Record, open_log
-from .resuming import State, previous
+from .resuming import WATCHED, State, previous
 from .settings import TrainConfig
 from .shortrun import ShortRun
 
-WATCHED = 20  # updates over which the alarm averages
 PULL = 0.1  # the share of log(path / ratio) by which f is scaled at each update
 
 
@@ -40,8 +39,9 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
             NAME.previous… of another run is removed.
 
     Raises (at the call, before any work):
-        ValueError: wrong images, a checkpoint that was made with other settings, fewer images in a batch than ranks,
-            a `path` for a network that `energy.check_scalable` refuses.
+        ValueError: wrong images, a checkpoint that was made with other settings or is beyond config.updates, fewer
+            images in a batch than ranks, a `path` for a network that `energy.check_scalable` refuses.
+        OSError: the checkpoint's folder cannot be made or written to.
     Raises (while iterating):
         FloatingPointError: learning diverged, or the alarm fired before it did; the last two checkpoints are kept (the
             older as NAME.previous…), because images and d look healthy for a while after K·‖∂f/∂x‖ began to climb.
@@ -55,6 +55,8 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
     if config.path:
         check_scalable(model.f)
     same_start(model.f)
+    if config.checkpoint:
+        check_writable(config.checkpoint)
     state = State(model, config, images)
     if resume and config.checkpoint and Path(config.checkpoint).exists():
         state.restore(Path(config.checkpoint))
@@ -73,20 +75,20 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
     bar = tqdm(total=config.updates, initial=state.step, **settings)
     if sentence:
         bar.write(sentence)
-    started, watched = time.perf_counter() - state.seconds, deque(maxlen=WATCHED)
     with bar:
         while state.step < config.updates:
             rate = config.scheduled(config.rate, config.rate_final, state.step)
             sigma = config.scheduled(config.sigma, config.sigma_final, state.step)
+            started = time.perf_counter()
             with arithmetic(config.precision, model.device):
                 d, grad_norm, way, n = update(state, f, images, sigma, rate, n)
-            watched.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
-            check(d, grad_norm, watched, state, rate, sigma)
+            state.ratios.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
+            check(d, grad_norm, state, rate, sigma)
             if config.path and grad_norm > 0:  # f = 0, where LinearEnergy starts, has no path
-                scale(model.f, (config.path / watched[-1]) ** PULL)
+                scale(model.f, (config.path / state.ratios[-1]) ** PULL)
             state.step += 1
-            state.seconds = time.perf_counter() - started
             state.update_average()
+            state.seconds += time.perf_counter() - started  # of learning, not of what is done with the records
             record = Record(state.step, d, grad_norm, rate, sigma, state.seconds)
             if write:  # before the checkpoint: a run killed in between then misses no row
                 write(record)
@@ -103,7 +105,7 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
             yield record
 
 
-def check(d: float, grad_norm: float, ratios: deque[float], state: State, rate: float, sigma: float) -> None:
+def check(d: float, grad_norm: float, state: State, rate: float, sigma: float) -> None:
     """Raises FloatingPointError where learning has diverged (d ran away), or is about to (the alarm).
 
     A chain of K steps covers a path of at most K·s·‖∂f/∂x‖ and has to go ‖x⁺ − z‖, from the noise to the data. Their
@@ -111,12 +113,13 @@ def check(d: float, grad_norm: float, ratios: deque[float], state: State, rate: 
     more where `config.path` says so. It climbs 50 … 100 updates before d explodes. So K·‖∂f/∂x‖ ≈ 40 is no constant of
     nature: it is that distance.
     """
-    ratio, config = sum(ratios) / len(ratios), state.config
-    if not math.isfinite(d) or abs(d) > 1e3:
+    ratio, config, way_out = sum(state.ratios) / len(state.ratios), state.config, ""
+    if not math.isfinite(d) or abs(d) * state.model.kernel.step_size > 1e3:  # s·f is what chains see, in any units of f
         what = f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
-    elif config.alarm is not None and ratio > config.alarm and len(ratios) == WATCHED:
+    elif config.alarm is not None and ratio > config.alarm and len(state.ratios) == WATCHED:
         what = (f"learning is about to diverge at update {state.step + 1}: over {WATCHED} updates the chains' path "
                 f"K·s·‖∂f/∂x‖ was {ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm}.")  # fmt: skip
+        way_out = " alarm=None goes on regardless."
     else:
         return
     older = ""
@@ -124,9 +127,8 @@ def check(d: float, grad_norm: float, ratios: deque[float], state: State, rate: 
         older = (f", or from ShortRun.load({str(previous(config.checkpoint))!r}) under another checkpoint name "
                  "(the latest checkpoint may already be on its way out)")  # fmt: skip
     raise FloatingPointError(
-        f"{what} Remedies: a rate below {rate:.1g}, a sigma above {sigma:.2g}, more Langevin steps, "
-        f"{'a shorter path, ' if config.path else ''}or another seed; "
-        f"start anew{older}. alarm=None goes on regardless."
+        f"{what} Remedies: a rate below {rate:.3g}, a sigma above {sigma:.3g}, more Langevin steps, "
+        f"{'a shorter path, ' if config.path else ''}or another seed; start anew{older}.{way_out}"
     )
 
 

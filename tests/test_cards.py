@@ -1,6 +1,8 @@
 """Cards: what is measured, what is refused, and that README and cards agree."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,6 +54,13 @@ def test_a_model_of_other_images_is_refused(tmp_path):
     path = ShortRun(EnergyNet(3, 16, width=2), Langevin(2), dataset="cifar10").save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="cifar10"):
         cards.measure(path)
+
+
+@pytest.mark.parametrize("module", ["cards", "moments"])
+def test_a_missing_card_is_missed_before_the_measuring(weak, module):
+    command = [sys.executable, "-m", f"srmcmc_lib.{module}", weak, "--write"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=paths.PACKAGE.parent)
+    assert said.returncode and f"no card {weak.with_suffix('.json')} to write on" in said.stderr
 
 
 def test_the_table_in_the_readme_is_the_cards_own():

@@ -30,9 +30,13 @@ def test_the_shipped_classifier_is_as_good_as_its_card_says():
     assert abs((p.argmax(1) == y).float().mean().item() - card["test_accuracy"]) < 5e-4
 
 
-def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m srmcmc_lib\.classifier"):
+def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: give a \.safetensors file"):
         load_classifier(tmp_path / "none.safetensors")
+    monkeypatch.setattr(paths, "PRETRAINED", tmp_path)  # where the shipped one is missing
+    with pytest.raises(FileNotFoundError, match=r"python -m srmcmc_lib\.classifier"):
+        load_classifier()
+    monkeypatch.undo()
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"damaged\.safetensors is damaged"):

@@ -235,9 +235,19 @@ def test_grey_images_give_one_channel_and_a_coloured_one_makes_it_three(folder):
 def test_16_bit_grey_is_scaled_not_clipped(folder):
     put(folder, "1.png", np.full((8, 8), 0x8012, np.uint16))
     put(folder, "2.tif", np.full((8, 8), 0xFFFF, np.uint16))
+    put(folder, "3.tif", np.full((8, 8), 0x4034, ">u2"))
     x = look(folder)
-    assert x.shape == (2, 1, 8, 8)
-    assert (x[0] == 0x80).all() and (x[1] == 0xFF).all()
+    assert x.shape == (3, 1, 8, 8)
+    assert [set(image.flatten().tolist()) for image in x] == [{0x80}, {0xFF}, {0x40}]
+
+
+def test_grey_of_an_unknown_scale_is_unreadable_not_white(folder):
+    put(folder, "1.png", np.full((8, 8), 77, np.uint8))
+    put(folder, "2.tif", np.full((8, 8), 0.5, np.float32))
+    put(folder, "3.tif", np.full((8, 8), 70_000, np.int32))
+    with pytest.warns(UserWarning, match="2 of 3 image files could not be read"):
+        x = look(folder)
+    assert x.shape == (1, 1, 8, 8) and (x == 77).all()
 
 
 def test_rgba_and_palette_images_keep_their_colours(folder):
@@ -420,3 +430,10 @@ def test_reading_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         observed("fashion_mnist_mini", 32, limit=10)
+
+
+@pytest.mark.parametrize("wrong", [{"split": "tset"}, {"limit": 0}, {"limit": -1}])
+def test_labels_refuse_what_observed_refuses(wrong):
+    for function in (labels, observed):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            function("fashion_mnist_mini", **wrong)

@@ -1,5 +1,6 @@
 """EnergyNet: the paper's parameter table, gradients against finite differences, padding, clear errors. LinearEnergy."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from srmcmc_lib import EnergyNet, Langevin, LinearEnergy, ShortRun, TrainConfig, observed, train
+from srmcmc_lib import EnergyNet, Langevin, LinearEnergy, ShortRun, TrainConfig, observed, paths, train
 from srmcmc_lib.data import to_float
 from srmcmc_lib.energy import ACTIVATIONS
 from srmcmc_lib.features import features
@@ -169,6 +170,17 @@ def test_a_linear_energy_is_saved_with_its_features_and_loaded_by_name_alone(lin
     again = ShortRun.load(model.save(tmp_path / "linear.safetensors"))
     assert again.config == model.config and again.config["network"]["class"] == "LinearEnergy"
     assert torch.equal(again.sample(2, seed=0), model.sample(2, seed=0))
+
+
+def test_a_saved_linear_energy_needs_no_more_where_its_features_came_from(tmp_path):
+    source = tmp_path / "mine.safetensors"
+    shutil.copyfile(paths.PRETRAINED / "fashion_mnist_classifier.safetensors", source)
+    model = ShortRun(LinearEnergy(source=str(source), layer=1), Langevin(steps=2))
+    path = model.save(tmp_path / "linear.safetensors")
+    source.unlink()
+    again = ShortRun.load(path)
+    assert again.config == model.config
+    assert torch.equal(again.f.h.responses[0][0].weight, model.f.h.responses[0][0].weight)
 
 
 def test_algorithm_1_moves_theta_and_nothing_else():

@@ -158,6 +158,7 @@ def test_pythagoras(line, mle, mme_20):
 def test_kl_and_total_variation():
     assert kl([0.5, 0.5, 0.0], [0.25, 0.5, 0.25]) == pytest.approx(0.5 * np.log(2))
     assert kl([0.5, 0.5], [1.0, 0.0]) == np.inf
+    assert kl([0.5, 0.5, 0.0], [0.5, 0.5 + 1e-16, -1e-16]) == pytest.approx(0, abs=1e-12)  # rounding
     assert total_variation([0.5, 0.5, 0.0], [0.25, 0.5, 0.25]) == pytest.approx(0.25)
 
 

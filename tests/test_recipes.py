@@ -90,6 +90,25 @@ def test_a_mistyped_recipe_is_refused_by_name(tiny, changes, named):
         recipes.read_recipe("tiny")
 
 
+@pytest.mark.parametrize("text", ["", "stages: 3", "stages: []", "- 1", "stages: [1]", "a: [b"])
+def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml"):
+        recipes.read_recipe(str(file))
+
+
+def test_a_stage_may_have_a_seed_of_its_own(tiny, tmp_path):
+    path = recipes.run("tiny", tmp_path / "a", tmp_path / "out")
+    tiny(stages=[TINY["stages"][0], TINY["stages"][1] | {"seed": 9}])
+    other = recipes.run("tiny", tmp_path / "b", tmp_path / "out2")
+    first = [tmp_path / work / "stage1.safetensors" for work in "ab"]
+    assert torch.equal(*map(weights, first)) and not torch.equal(weights(path), weights(other))
+    assert "options" not in ShortRun.load(other).training
+    parts = recipes.run("tiny", tmp_path / "c", tmp_path / "out3", sub_batch=2)
+    assert ShortRun.load(parts).training["options"] == {"sub_batch": 2}
+
+
 def test_a_setting_out_of_range_in_a_late_stage_stops_the_run_before_the_first(tiny, tmp_path):
     tiny(stages=[TINY["stages"][0], TINY["stages"][1] | {"path": 2.4}])
     with pytest.raises(ValueError, match=r"path must be None, or above 1 and below alarm=1\.6"):

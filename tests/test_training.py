@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Generator
 
 from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, observed, train
 from srmcmc_lib.data import to_float
+from srmcmc_lib.energy import scale
 from srmcmc_lib.recipes import grow, learning_curves
 from srmcmc_lib.records import read_log
 from srmcmc_lib.training import WATCHED, check
@@ -306,7 +308,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     c = config(checkpoint=str(tmp_path / "c.safetensors"))
     list(train(tiny(), IMAGES, c))
     Path(c.checkpoint).write_bytes(Path(c.checkpoint).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"c\.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"c\.safetensors is damaged.*pass resume=False"):
         train(tiny(), IMAGES, c)
 
 
@@ -481,9 +483,11 @@ def steps_until_the_alarm(K: int, way: float, records, **settings) -> int | None
     ratios = deque(maxlen=WATCHED)
     for r in records:
         ratios.append(K * r.grad_norm / way)
-        state = SimpleNamespace(step=r.step - 1, config=TrainConfig(checkpoint="c.safetensors", **settings))
+        settings |= {"checkpoint": "c.safetensors"}
+        model = SimpleNamespace(kernel=Langevin(K))
+        state = SimpleNamespace(step=r.step - 1, config=TrainConfig(**settings), model=model, ratios=ratios)
         try:
-            check(r.d, r.grad_norm, ratios, state, r.rate, r.sigma)
+            check(r.d, r.grad_norm, state, r.rate, r.sigma)
         except FloatingPointError as error:
             assert str(error).startswith(f"learning is about to diverge at update {r.step}:")
             assert f"alarm={state.config.alarm}" in str(error)
@@ -528,8 +532,58 @@ def test_the_alarm_stops_train_and_can_be_switched_off(tmp_path):
         for record in train(model, IMAGES, c):
             seen.append(record)
     assert len(seen) == WATCHED - 1 and ShortRun.load(c.checkpoint, f=Plain()).training["last"]["step"] == 15
+    again = ShortRun(Plain(), Langevin(2, 17.0, 0.0))
+    with pytest.raises(FloatingPointError, match=f"update {WATCHED}:"):  # a resumed run has not forgotten
+        list(train(again, IMAGES, c))
     rest = list(train(ShortRun(Plain(), Langevin(2, 17.0, 0.0)), IMAGES, replace(c, alarm=None)))
     assert [r.step for r in rest] == list(range(16, WATCHED + 4))
+
+
+def test_divergence_is_the_same_in_all_units_of_f():
+    """s = 1 and f, or s = T and f / T as eq. (4) has it: the same chain, d alone is 20,000 times as large."""
+    model = tiny()
+    kernel = Langevin.from_delta_tau(3, model.kernel.delta_tau)
+    scale(model.f, 1 / model.kernel.temperature)
+    assert kernel.step_size == pytest.approx(model.kernel.temperature)
+    c = config(updates=2, rate=1e-9)
+    records = [list(train(m, IMAGES, c)) for m in (tiny(), ShortRun(model.f, kernel))]
+    for r, same_r in zip(*records, strict=True):
+        assert kernel.step_size * same_r.d == pytest.approx(r.d, rel=1e-3)
+    with torch.no_grad():
+        scale(model.f, 1e9)  # and this is divergence in any units
+    with pytest.raises(FloatingPointError, match="learning diverged at update 1:") as error:
+        list(train(ShortRun(model.f, kernel), IMAGES, config(alarm=None)))
+    assert "alarm=None" not in str(error.value)  # it would not help
+
+
+def test_a_checkpoint_beyond_the_updates_asked_for_is_refused(tmp_path):
+    c = config(updates=4, checkpoint=str(tmp_path / "c.safetensors"))
+    list(train(tiny(), IMAGES, c))
+    with pytest.raises(ValueError, match="is at update 4 already, the config ends at 3: raise updates"):
+        train(tiny(), IMAGES, replace(c, updates=3))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_update(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"checkpoint .*c\.safetensors cannot be written"):
+        train(tiny(), IMAGES, config(checkpoint=str(tmp_path / "file" / "c.safetensors")))
+
+
+def test_seconds_are_those_of_learning_not_of_what_is_done_with_the_records():
+    for last in train(tiny(), IMAGES, config(updates=3)):
+        time.sleep(0.4)
+    assert 0 < last.seconds < 1.0
+
+
+def test_a_log_may_be_a_path_and_a_row_left_unfinished_is_dropped(tmp_path):
+    log = tmp_path / "log.csv"
+    c = config(updates=3, checkpoint=str(tmp_path / "c.safetensors"), log=log)
+    list(train(tiny(), IMAGES, c))
+    with log.open("a") as file:
+        file.write("4,0.1")  # killed here
+    assert [r.step for r in read_log(log)] == [1, 2, 3]
+    list(train(tiny(), IMAGES, replace(c, updates=5)))
+    assert [r.step for r in read_log(log)] == [1, 2, 3, 4, 5]
 
 
 def path_over_way(records, model: ShortRun) -> float:
