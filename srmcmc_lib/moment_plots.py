@@ -11,7 +11,7 @@ from .plots import draw_grid, subplots
 
 
 def laws(x: np.ndarray, laws: dict[str, tuple[str, np.ndarray]], h: np.ndarray) -> Figure:
-    """Laws on the line as densities, and their moments E[h] to the right.
+    """Laws on the line as densities over the features h (shaded, not to scale), and their moments E[h] to the right.
 
     Args:
         x: equidistant points, [n].
@@ -28,6 +28,10 @@ def laws(x: np.ndarray, laws: dict[str, tuple[str, np.ndarray]], h: np.ndarray) 
         else:
             right.bar(a, law @ h, 0.5, color=line.get_color(), alpha=0.3)
     left.set(xlabel="x", ylabel="density", ylim=(0, None))
+    for i, bump in enumerate(h.T, start=1):
+        height = 0.15 * left.get_ylim()[1] * bump / bump.max()
+        left.fill_between(x, height, color="0.5", alpha=0.2, lw=0)
+        left.annotate(f"$h_{i}$", (x[bump.argmax()], height.max()), ha="center", fontsize=8, color="0.35")
     left.legend(frameon=False, fontsize=9)
     right.set_xticks(a, [f"$h_{i + 1}$" for i in a])
     right.set(title="moments E[h]", ylim=(0, None))
@@ -90,13 +94,17 @@ def divergences(curves: dict[str, dict[int, tuple[float, float]]], unmatched: Se
     return figure
 
 
-def learning_paths(target: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
-    """θ_t of several learnings, [updates + 1, d] by label: θ_1 against θ_2, and the distance to `target` in time."""
+def learning_paths(target: np.ndarray, mle: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
+    """θ_t of several learnings, [updates + 1, d] by label: θ_1 against θ_2, and the distance to `target` in time.
+
+    `target` and `mle`, [d], are the solved θ_MME and θ_MLE.
+    """
     figure, (left, right) = subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for color, (label, θ) in zip(["C0", "0.65", "C1"], paths.items(), strict=False):
         left.plot(θ[:, 0], θ[:, 1], "-", color=color, lw=1.5, label=label)
         right.semilogy(np.linalg.norm(θ - target, axis=1), color=color, lw=1.5)
     left.plot(*target[:2], "*", color="C3", ms=14, mec="w", label=r"$\theta_{MME}$, solved")
+    left.plot(*mle[:2], "D", color="C2", ms=7, mec="w", label=r"$\theta_{MLE}$, solved")
     left.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$")
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel="update t", ylabel=r"$\|\theta_t - \theta_{MME}\|$")
@@ -105,22 +113,23 @@ def learning_paths(target: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
 
 def planes(laws: dict[str, np.ndarray]) -> Figure:
     """Laws on the square grid of exact.plane_world, n probabilities each by title, on one square-root colour scale."""
-    figure, axes = subplots(1, len(laws), figsize=(2.3 * len(laws), 2.5), layout="constrained")
+    figure, axes = subplots(1, len(laws), figsize=(2.3 * len(laws) + 0.7, 2.5), layout="constrained")
     top = max(law.max() for law in laws.values())
     for ax, (title, law) in zip(axes, laws.items(), strict=True):
         side = round(len(law) ** 0.5)
         norm = PowerNorm(0.5, 0, top)
-        ax.imshow(law.reshape(side, side).T, norm=norm, origin="lower", extent=(-3, 3, -3, 3), cmap="magma")
+        image = ax.imshow(law.reshape(side, side).T, norm=norm, origin="lower", extent=(-3, 3, -3, 3), cmap="magma")
         ax.set_title(title, fontsize=10)
         ax.set_xticks([-3, 0, 3])
         ax.set_yticks([-3, 0, 3] if ax is axes[0] else [])
+    figure.colorbar(image, ax=axes, shrink=0.7, label="probability of a point")
     return figure
 
 
 def moment_learning(curves: dict[str, dict], smooth: int = 5) -> Figure:
     """The relative moment error of each update's batch, by label, with running means.
 
-    Dashed where K changes, dotted where only the size of the batch does.
+    Dashed where K changes, dotted where only the size of the batch does; the new value stands above.
 
     Args:
         curves: anything with "steps" (K), "batch" (chains) and "relative", [updates] each.
@@ -135,8 +144,11 @@ def moment_learning(curves: dict[str, dict], smooth: int = 5) -> Figure:
             mean = np.convolve(relative[part], np.ones(window) / window, "valid")
             ax.semilogy(part[window - 1 :] + 1, mean, color=f"C{i}", lw=1.6, label=label if part[0] == 0 else None)
             if part[0]:
-                style = "--" if K[part[0]] != K[part[0] - 1] else ":"
-                ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls=style)
+                longer = K[part[0]] != K[part[0] - 1]
+                ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls="--" if longer else ":")
+                note = f"K = {K[part[0]]:.0f}" if longer else f"m = {m[part[0]]:.0f}"
+                at, top = (part[0] + 0.5, 1.02 + 0.06 * i), ax.get_xaxis_transform()
+                ax.annotate(note, at, xycoords=top, ha="center", fontsize=7, color=f"C{i}")
     ax.set(xlabel="update", ylabel="relative moment error of a batch")
     ax.legend(frameon=False, fontsize=8)
     return figure
@@ -169,19 +181,22 @@ def moment_drift(drifts: dict[str, tuple], images: dict[str, dict[str, Tensor]],
     """The relative moment error along the chain, and the images it leads through: the chain is not to be run on.
 
     Args:
-        drifts: by label, (K, steps [n], relative errors [n], of these the part due to chance [n]).
+        drifts: by label, (K, parts). Parts are measured on different numbers of chains and drawn one by one, the first
+            solid, others dashed; each (steps [n], relative errors [n], of these the part due to chance [n], dotted).
         images: by the same labels, by title, a few images float [m, C, H, W] in [-1, 1].
         columns: images a row of each grid.
     """
     figure = Figure(figsize=(9, 3.1 + 1.9 * len(images)), layout="constrained")
     top, *rows = figure.subfigures(1 + len(images), 1, height_ratios=[3.1] + [1.9] * len(images))
     ax = top.subplots()
-    for i, (label, (K, steps, relative, chance)) in enumerate(drifts.items()):
-        at = np.asarray(steps) + 1  # the chain's start on a logarithmic axis
-        ax.loglog(at, relative, "o-", color=f"C{i}", ms=3.5, lw=1.4, label=f"{label}, K = {K}")
-        ax.loglog(at, chance, ":", color=f"C{i}", lw=1)
-        ax.axvline(K + 1, color=f"C{i}", lw=0.8, ls="--")
-    ax.set(xlabel="steps of the chain + 1", ylabel="relative moment error")
+    for i, (label, (K, parts)) in enumerate(drifts.items()):
+        for j, (steps, relative, chance) in enumerate(parts):
+            style, name = ("o--", "") if j else ("o-", f"{label}, K = {K}")
+            ax.plot(steps, relative, style, color=f"C{i}", ms=3.5, lw=1.4, label=name)
+            ax.plot(steps, chance, ":", color=f"C{i}", lw=1)
+        ax.axvline(K, color=f"C{i}", lw=0.8)
+    ax.set_xscale("symlog", linthresh=1)  # k = 0, the chain's start, is on it
+    ax.set(xlabel="steps k of the chain", ylabel="relative moment error", yscale="log", xlim=(0, None))
     ax.legend(frameon=False, fontsize=8)
     for row, (label, grids) in zip(rows, images.items(), strict=True):
         row.suptitle(label, fontsize=10)

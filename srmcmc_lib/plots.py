@@ -46,23 +46,27 @@ def side_by_side(grids: dict[str, Tensor], columns: int = 8) -> Figure:
     return figure
 
 
-def strips(rows: Sequence[Tensor], labels: Sequence[str], title: str = "", split: int | None = None) -> Figure:
+def strips(
+    rows: Sequence[Tensor] | dict[str, Tensor], labels: Sequence[str], title: str = "", split: int | None = None
+) -> Figure:
     """Rows of images under shared column labels: figure 1 (transition), 3 (interpolation), 4 (reconstruction).
 
     Args:
-        rows: each float [columns, C, H, W] in [-1, 1].
+        rows: each float [columns, C, H, W] in [-1, 1]; a dict's keys name them at the left.
         labels: one a column.
         title: above the figure.
         split: draw a gap before this column, e.g. before the observed images.
     """
-    n = len(labels)
+    names, rows = (list(rows), list(rows.values())) if isinstance(rows, dict) else ([], rows)
+    n, margin = len(labels), 0.1 + 0.075 * max(map(len, names), default=0)  # inches, for the names
     widths = np.insert(np.ones(n), split, 0.25) if split is not None else np.ones(n)
     figure, axes = subplots(
-        len(rows), len(widths), figsize=(0.75 * widths.sum(), 0.75 * len(rows) + 0.42), squeeze=False,
+        len(rows), len(widths), figsize=(0.75 * widths.sum() + margin, 0.75 * len(rows) + 0.42), squeeze=False,
         gridspec_kw={"width_ratios": widths, "wspace": 0.04, "hspace": 0.04},
     )  # fmt: skip
     top = 1 - (0.42 if title else 0.2) / figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=top)
+    left = margin / figure.get_figwidth()
+    figure.subplots_adjust(left=left, right=0.99, bottom=0.01, top=top)
     for ax in axes.flat:
         ax.set_axis_off()
     columns = [i for i in range(len(widths)) if i != split]
@@ -71,33 +75,38 @@ def strips(rows: Sequence[Tensor], labels: Sequence[str], title: str = "", split
             draw_grid(row[column], image[None], 1, padding=0)
     for column, label in zip(columns, labels, strict=True):
         axes[0, column].set_title(label, fontsize=8)
+    for ax, name in zip(axes[:, 0], names, strict=False):
+        ax.annotate(name, (0, 0.5), (-4, 0), "axes fraction", "offset points", ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def training_curves(records: Sequence, steps: int, smooth: int = 25) -> Figure:
-    """d and ‖∂f/∂x‖ against the update, each with its running mean.
+def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) -> Figure:
+    """d and K·‖∂f/∂x‖ against the update, each with its running mean; stages of one learning one after the other.
 
     Args:
-        records: of `train`, or anything with step, d and grad_norm.
-        steps: K, for the right axis K·‖∂f/∂x‖, which hardly depends on K (Table 2).
-        smooth: updates in the running mean.
+        stages: (K, records) of each, the records those of `train`, or anything with step, d and grad_norm.
+        smooth: updates in the running mean, which starts anew with each stage.
     """
-    step = np.array([r.step for r in records])
     figure, (left, right) = subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    window = min(smooth, len(step))
-    for ax, values in ((left, [r.d for r in records]), (right, [r.grad_norm for r in records])):
-        ax.plot(step, values, color="0.75", lw=0.8)
-        mean = np.convolve(values, np.ones(window) / window, "valid")
-        ax.plot(step[window - 1 :], mean, color="C0", lw=1.6, label=f"mean of {window}")
-        ax.set_xlabel("update")
+    before = 0
+    for K, records in stages:
+        step = before + np.array([r.step for r in records])
+        window = min(smooth, len(step))
+        for ax, values in ((left, [r.d for r in records]), (right, [K * r.grad_norm for r in records])):
+            ax.plot(step, values, color="0.75", lw=0.8)
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            ax.plot(step[window - 1 :], mean, color="C0", lw=1.6, label="" if before else f"mean of {window}")
+            if before:
+                ax.axvline(before, color="k", lw=0.6, ls=":")
+            top = ax.get_xaxis_transform()
+            ax.annotate(f"K = {K}", (step.mean(), 1.02), xycoords=top, ha="center", fontsize=7)
+        before = step[-1]
     left.axhline(0, color="k", lw=0.6)
-    left.set_ylabel(r"d = mean f($x^+$) − mean f($x^-$)")
+    left.set(xlabel="update", ylabel=r"d = mean f($x^+$) − mean f($x^-$)")
     left.legend(frameon=False, fontsize=8)
-    right.set_ylabel(r"$\|\partial f/\partial x\|_2$")
+    right.set(xlabel="update", ylabel=r"$K \cdot \|\partial f/\partial x\|_2$")
     right.set_ylim(bottom=0)
-    twin = right.secondary_yaxis("right", functions=(lambda g: g * steps, lambda g: g / steps))
-    twin.set_ylabel(rf"$K \cdot \|\partial f/\partial x\|_2$, K = {steps}")
     return figure
 
 

@@ -1,6 +1,7 @@
 """Figures are compared by what they draw, as in test_plots.py."""
 
 import numpy as np
+import torch
 
 from srmcmc_lib import moment_plots
 
@@ -35,15 +36,16 @@ def test_divergences_mark_the_unmatched():
 
 
 def test_learning_paths_draw_θ_and_its_distance():
-    left, right = moment_plots.learning_paths(np.array([3.0, 4.0]), {"a": np.array([[0.0, 0.0], [3.0, 3.0]])}).axes
-    assert left.lines[0].get_xydata().tolist() == [[0.0, 0.0], [3.0, 3.0]]
+    walk = np.array([[0.0, 0.0], [3.0, 3.0]])
+    left, right = moment_plots.learning_paths(np.array([3.0, 4.0]), np.array([1.0, 2.0]), {"a": walk}).axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [walk.tolist(), [[3.0, 4.0]], [[1.0, 2.0]]]
     assert right.lines[0].get_ydata().tolist() == [5.0, 1.0]
 
 
 def test_planes_share_one_scale_and_put_the_first_axis_across():
     law = np.zeros(9)
     law[2] = 1.0  # x = (-3, 3): the first axis of plane_world is x_1
-    left, right = moment_plots.planes({"a": law, "b": np.full(9, 1 / 9)}).axes
+    left, right, _ = moment_plots.planes({"a": law, "b": np.full(9, 1 / 9)}).axes  # the third is the colour bar's
     assert left.images[0].get_array()[2, 0] == 1.0 and left.images[0].origin == "lower"
     assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 1)
 
@@ -58,3 +60,16 @@ def test_learning_is_dashed_where_k_changes_and_dotted_where_only_the_batch_does
     np.testing.assert_allclose([mean.get_ydata()[0] for mean in means], [0.75, 0.35, 0.15])
     marks = {line.get_linestyle(): line.get_xdata() for line in axes.lines if line.get_linestyle() != "-"}
     assert marks == {"--": [2.5, 2.5], ":": [4.5, 4.5]}
+    assert {text.get_text(): text.xy[0] for text in axes.texts} == {"K = 50": 2.5, "m = 24": 4.5}
+
+
+def test_drift_draws_each_part_where_it_was_measured():
+    parts = [([0, 5, 10], [1.0, 0.5, 0.1], [0.1, 0.1, 0.1]), ([20, 40], [0.6, 2.0], [0.3, 0.3])]
+    x = torch.linspace(-1, 1, 2 * 16).view(2, 1, 4, 4)
+    figure = moment_plots.moment_drift({"a": (10, parts)}, {"a": {"0 steps": x, "10 steps": -x}})
+    top, *grids = (axes for sub in figure.subfigs for axes in sub.axes)
+    found = [line.get_xydata().T.tolist() for line in top.lines]
+    drawn = [[steps, y] for steps, error, chance in parts for y in (error, chance)]
+    assert found == [*drawn, [[10, 10], [0, 1]]]  # the last is K
+    assert top.get_xscale() == "symlog"  # else the chain's start would be missing
+    assert [axes.get_title() for axes in grids] == ["0 steps", "10 steps"]
