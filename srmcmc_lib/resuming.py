@@ -15,8 +15,8 @@ from .records import Record
 from .shortrun import ShortRun
 
 PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
-NOT_COMPARED = {"updates", "checkpoint", "checkpoint_every", "log", "progress", "channels_last", "compile", "sub_batch",
-                "alarm"}  # may change between stop and resume  # fmt: skip
+NOT_COMPARED = {"updates", "horizon", "checkpoint", "checkpoint_every", "log", "progress", "channels_last", "compile",
+                "sub_batch", "alarm"}  # may change between stop and resume; horizon: see below  # fmt: skip
 
 
 WATCHED = 20  # updates over which the alarm of `training.check` averages
@@ -84,7 +84,7 @@ class State:
         self._fill(self.average)
 
     def _describe(self, record: Record) -> None:
-        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates"}}
+        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates", "horizon"}}
         settings["betas"] = list(settings["betas"])  # as JSON gives them back
         settings |= self.circumstances
         seen = {"last": asdict(record), "ratios": list(self.ratios)}
