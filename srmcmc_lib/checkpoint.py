@@ -1,6 +1,7 @@
 """Checkpoint files: one safetensors file with weights and, as JSON metadata, all that is needed to sample again."""
 
 import json
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
@@ -20,7 +21,7 @@ def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
     """Writes aside and renames, so that an interrupted save leaves the old file; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, "library": _library_version(), **meta}
+    meta = {"format": FORMAT, "library": installed("srmcmc"), **meta}
     aside = path.with_name(path.name + ".part")
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     save_file(tensors, aside, {"srmcmc": json.dumps(meta)})
@@ -40,13 +41,21 @@ def check_writable(path: str | Path) -> None:
         raise OSError(f"checkpoint {path} cannot be written ({error}): give a file in a folder that can") from error
 
 
-def find(source: str | Path) -> Path:
-    """The checkpoint's file: `source` itself, or a shipped model of that name."""
-    for path in (Path(source), paths.PRETRAINED / f"{source}.safetensors"):
+def find(source: str | Path, suffix: str = ".safetensors") -> Path:
+    """The file of a checkpoint, or with ".yaml" of a recipe: `source` itself, or a shipped one of that name."""
+    for path in (Path(source), paths.PRETRAINED / f"{source}{suffix}"):
         if path.is_file():
             return path
-    shipped = sorted(p.stem for p in paths.PRETRAINED.glob("*.safetensors") if not p.stem.endswith("_classifier"))
-    raise FileNotFoundError(f"no checkpoint {str(source)!r}: give a .safetensors file or one of {shipped}")
+    shipped = sorted(p.stem for p in paths.PRETRAINED.glob(f"*{suffix}") if not p.stem.endswith("_classifier"))
+    what = "recipe" if suffix == ".yaml" else "checkpoint"
+    raise FileNotFoundError(f"no {what} {str(source)!r}: there are {shipped}, or give the path of a {suffix} file")
+
+
+def copy(source: str | Path, target: Path) -> None:
+    """Copies aside and renames, so that a run killed meanwhile leaves no half file."""
+    aside = target.with_suffix(".part")
+    shutil.copyfile(source, aside)
+    aside.replace(target)
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -80,8 +89,9 @@ def rebuilt(path: Path, config: dict, classes: dict[str, type]):
         raise ValueError(f"{path} is damaged: its metadata {config} describe no {what} ({error})") from error
 
 
-def _library_version() -> str:
+def installed(package: str) -> str:
+    """The version of a package."""
     try:
-        return version("srmcmc")
-    except PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:  # the library used from the checkout
         return "unknown (not installed)"

@@ -32,12 +32,9 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         maps, strides = (1, 32, 64, 128, 128), (1, 2, 2, 1)
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-                for (a, b), stride in zip(pairwise(maps), strides, strict=True)
-            )
-        )
+        self.stages = nn.Sequential()
+        for (a, b), stride in zip(pairwise(maps), strides, strict=True):
+            self.stages.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()))
         self.linear = nn.Linear(maps[-1], self.classes)
         self.to(memory_format=torch.channels_last)
 
@@ -69,12 +66,6 @@ def train_classifier(images: Tensor, targets: Tensor, epochs: int, batch_size: i
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def predict(model: Classifier, x: Tensor, batch_size: int = 500) -> Tensor:
-    """Class probabilities [n, 10] of float images [n, 1, 32, 32] in [-1, 1]."""
-    return torch.cat([model(part).softmax(1) for part in x.split(batch_size)])
-
-
 def load_classifier(source: str | Path = NAME) -> Classifier:
     """The shipped classifier, or one from a .safetensors file; in eval mode, its parameters frozen.
 
@@ -96,6 +87,8 @@ def load_classifier(source: str | Path = NAME) -> Classifier:
 
 
 if __name__ == "__main__":
+    from .features import responses  # not above: features imports this module
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,9 +97,7 @@ if __name__ == "__main__":
     started = time.perf_counter()
     model = train_classifier(observed("fashion_mnist"), labels("fashion_mnist"), args.epochs, seed=args.seed)
     seconds = time.perf_counter() - started
-    right = predict(model, to_float(observed("fashion_mnist", split="test"))).argmax(1) == labels(
-        "fashion_mnist", "test"
-    )
+    right = responses(model, observed("fashion_mnist", split="test")).argmax(1) == labels("fashion_mnist", "test")
     card = {
         "dataset": "fashion_mnist", "images": 40_000, "epochs": args.epochs, "seed": args.seed,
         "seconds": round(seconds), "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -52,14 +52,12 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
     integer("image_size", image_size, 4, 1024)
     _check_part(split, limit)
     if name.startswith("folder:"):
-        images = datasets.folder(name.removeprefix("folder:"), image_size, limit, split)
-    elif name in datasets.FOLDERS:
-        images = datasets.paper(name, image_size, limit, split)
-    elif name in NAMES:
-        images = _fit(torch.from_numpy(_fashion(name, split, "images", limit)), image_size)
-    else:
-        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    return images[:limit]
+        return datasets.folder(name.removeprefix("folder:"), image_size, limit, split)
+    if name in datasets.FOLDERS:
+        return datasets.paper(name, image_size, limit, split)
+    if name in NAMES:
+        return _fit(torch.from_numpy(_fashion(name, split, "images", limit)), image_size)
+    raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
 
 
 def labels(name: str, split: str = "train", limit: int | None = 40_000) -> Tensor:

@@ -41,12 +41,9 @@ class EnergyNet(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        for name, value, low, high in [
-            ("channels", channels, 1, 4096),
-            ("image_size", image_size, 5, 1024),
-            ("width", width, 1, 4096),
-        ]:
-            integer(name, value, low, high)
+        integer("channels", channels, 1, 4096)
+        integer("image_size", image_size, 5, 1024)
+        integer("width", width, 1, 4096)
         self.channels, self.image_size, self.width, self.activation = channels, image_size, width, activation
         padded = 1 << (image_size - 1).bit_length()  # the next power of two
         before = (padded - image_size) // 2

@@ -14,7 +14,7 @@ from .grid import GridWorld, bumps_world, check_integer, check_law, line_world, 
 
 __all__ = [
     "GridWorld", "Learning", "Match", "NoMatch", "bumps_world", "kl", "learn", "line_world", "plane_world", "solve_mle",
-    "solve_mme", "stationary", "total_variation",
+    "solve_mme", "total_variation",
 ]  # fmt: skip
 
 
@@ -98,13 +98,6 @@ def _solve(world: GridWorld, law, law_and_jacobian, starts, steps) -> Match:
     raise NoMatch(best)
 
 
-def stationary(world: GridWorld, θ) -> np.ndarray:
-    """The law π with π M_θ = π, [n]: p_θ if the kernel is adjusted, off by the discretisation bias if not. O(n³)."""
-    A = world.kernel(θ).T.toarray() - np.eye(len(world.x))
-    A[-1] = 1  # one equation is redundant: the total probability takes its place
-    return np.linalg.solve(A, np.eye(len(A))[-1])
-
-
 def kl(p, q) -> float:
     """KL(p‖q) = Σ p log(p/q) in nats; infinite where q = 0 < p."""
     p, q = check_law(p, None, "p"), check_law(q, len(p), "q")
@@ -127,15 +120,9 @@ class Learning(NamedTuple):
 
 
 def learn(
-    world: GridWorld,
-    steps: int,
-    updates: int,
-    rate: float,
-    decay: float = np.inf,
-    batch: int | None = None,
-    start=None,
+    world: GridWorld, steps: int, updates: int, rate: float, decay: float = np.inf, batch: int | None = None,
     seed: int = 0,
-) -> Iterator[Learning]:
+) -> Iterator[Learning]:  # fmt: skip
     """Algorithm 1 with plain steps, θ ← θ + η_t Δ(θ), η_t = rate / (1 + t/decay)^⅔: yields `updates` + 1 records.
 
     Δ(θ) is eq. (6). The average weighs θ_t by about t³, so that it forgets the start (Shamir and Zhang 2013).
@@ -147,7 +134,6 @@ def learn(
         rate: η_0 > 0.
         decay: the update at which η starts to fall; infinite keeps it constant.
         batch: m observed examples, and m chains of M_θ from p_0; None takes both expectations exactly.
-        start: θ_0; zeros if None.
         seed: of the examples and the chains.
     """
     check_integer("steps (K)", steps)
@@ -157,8 +143,7 @@ def learn(
     if not 0 < rate < float("inf") or not decay > 0:
         raise ValueError("rate and decay must be positive")
     rng = np.random.default_rng(seed)
-    θ = world._θ(np.zeros(world.h.shape[1]) if start is None else start)
-    mean = θ
+    θ = mean = np.zeros(world.h.shape[1])
     yield Learning(0, θ, mean, None)
     for t in range(updates):
         if batch is None:

@@ -3,16 +3,20 @@
 A law is a vector of n probabilities and the chain an n×n stochastic matrix; only `chains` samples.
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array, vstack
 from scipy.spatial import cKDTree
 
 from .checks import integer
+
+# The nnz pairs (i, j) within reach, in row order: where rows start, where (j, i) and (i, i) stand, x_j − x_i.
+# The pattern is symmetric: a transposed matrix shares it, its data permuted by `flip`.
+_Pairs = namedtuple("_Pairs", "i j start flip diagonal step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +120,7 @@ class GridWorld:
         return state[:, 0], state[:, 1:]
 
     @cached_property
-    def _pairs(self) -> "_Pairs":
+    def _pairs(self) -> _Pairs:
         n = len(self.x)
         near = cKDTree(self.x).query_pairs(self.reach * self.delta_tau**0.5, output_type="ndarray")
         pairs = np.concatenate([near, near[:, ::-1], np.arange(n)[:, None].repeat(2, axis=1)])
@@ -160,20 +164,6 @@ class GridWorld:
         if θ.shape != self.h.shape[1:] or not np.isfinite(θ).all():
             raise ValueError(f"θ must be {self.h.shape[1]} finite numbers, one a feature; got {θ!r}")
         return θ
-
-
-class _Pairs(NamedTuple):
-    """The nnz pairs (i, j) within reach, in row order: where rows start, where (j, i) and (i, i) stand, x_j − x_i.
-
-    The pattern is symmetric: a transposed matrix shares it, its data permuted by `flip`.
-    """
-
-    i: np.ndarray
-    j: np.ndarray
-    start: np.ndarray
-    flip: np.ndarray
-    diagonal: np.ndarray
-    step: np.ndarray
 
 
 def bumps_world(side: int, centres, width: float, means, stds, weights, **constants) -> GridWorld:

@@ -27,17 +27,6 @@ NAMES = {
 WIDTHS = {"classifier": 128, "inception": 2048}  # d, by which the features of one space are told from the other's
 
 
-class Given(nn.Module):
-    """Passes on features that were computed before: each image goes through the network once for all metrics."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.num_features = size
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h
-
-
 @torch.no_grad()
 def embed(images: Tensor, space: str = "classifier", batch_size: int = 250) -> tuple[Tensor, Tensor]:
     """(features [n, d], logits [n, classes]) of uint8 images [n, C, H, W] in "classifier" or "inception" space.
@@ -88,15 +77,15 @@ def scores(images: Tensor | tuple, reference: Tensor | tuple, space: str = "clas
     h, logits = images if isinstance(images, tuple) else embed(images, space)
     h_reference, _ = reference if isinstance(reference, tuple) else embed(reference, space)
     if (got := {h.shape[1], h_reference.shape[1]}) != {WIDTHS[space]}:
-        raise ValueError(
-            f"{space} space has {WIDTHS[space]} features, these have {sorted(got)}: embed them in it first"
-        )
-    frechet = FrechetInceptionDistance(Given(h.shape[1]))
+        raise ValueError(f"{space} space has {WIDTHS[space]} features, not {sorted(got)}: embed the images in it first")
+    given = nn.Identity()  # passes features on: each image goes through the network once for all metrics
+    given.num_features = h.shape[1]
     subset = min(1_000, len(h), len(h_reference))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
         torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
-        kernel, score = KernelInceptionDistance(Given(h.shape[1]), subset_size=subset), InceptionScore(Given(0))
+        frechet, score = FrechetInceptionDistance(given), InceptionScore(given)
+        kernel = KernelInceptionDistance(given, subset_size=subset)
         for metric in (frechet, kernel):
             metric.update(h_reference, real=True)
             metric.update(h, real=False)
@@ -114,12 +103,12 @@ def sanity_rows(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """
     x, g = to_float(images), Generator().manual_seed(seed)
     rows = {
-        "": x,
-        " + N(0, 0.1²)": x + 0.1 * torch.randn(x.shape, generator=g),
-        ", blurred 5×5": gaussian_blur(x, [5, 5]),
+        "test images": x,
+        "test images + N(0, 0.1²)": x + 0.1 * torch.randn(x.shape, generator=g),
+        "test images, blurred 5×5": gaussian_blur(x, [5, 5]),
+        "p_0 noise": 2 * torch.rand(x.shape, generator=g) - 1,
     }
-    rows = {f"test images{name}": to_uint8(row) for name, row in rows.items()}
-    return rows | {"p_0 noise": to_uint8(2 * torch.rand(x.shape, generator=g) - 1)}
+    return {name: to_uint8(row) for name, row in rows.items()}
 
 
 def class_histogram(logits: Tensor) -> tuple[Tensor, float]:

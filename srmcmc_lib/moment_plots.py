@@ -86,9 +86,8 @@ def divergences(curves: dict[str, dict[int, tuple[float, float]]], unmatched: Se
             ax.loglog(list(curve), [values[i] for values in curve.values()], style, ms=4, label=label)
         for k in unmatched:
             ax.axvline(k, color="C3", alpha=0.25, lw=6)
-            ax.text(
-                k, 0.03, f"no θ at K = {k}", rotation=90, ha="center", transform=ax.get_xaxis_transform(), fontsize=7
-            )
+            top = ax.get_xaxis_transform()
+            ax.text(k, 0.03, f"no θ at K = {k}", rotation=90, ha="center", transform=top, fontsize=7)
         ax.set(xlabel="K", title=name)
     axes[0].legend(frameon=False, fontsize=8)
     return figure
@@ -146,9 +145,9 @@ def moment_learning(curves: dict[str, dict], smooth: int = 5) -> Figure:
             if part[0]:
                 longer = K[part[0]] != K[part[0] - 1]
                 ax.axvline(part[0] + 0.5, color=f"C{i}", lw=0.8, ls="--" if longer else ":")
-                note = f"K = {K[part[0]]:.0f}" if longer else f"m = {m[part[0]]:.0f}"
+                note = f"K={K[part[0]]:.0f}" if longer else f"m={m[part[0]]:.0f}"
                 at, top = (part[0] + 0.5, 1.02 + 0.06 * i), ax.get_xaxis_transform()
-                ax.annotate(note, at, xycoords=top, ha="center", fontsize=7, color=f"C{i}")
+                ax.annotate(note, at, xycoords=top, ha="center", fontsize=6, color=f"C{i}")
     ax.set(xlabel="update", ylabel="relative moment error of a batch")
     ax.legend(frameon=False, fontsize=8)
     return figure

@@ -88,15 +88,9 @@ def defaults(notebook: Path) -> dict:
     found = {}
     for statement in ast.parse(cells[0].source).body if cells else []:
         try:
-            match statement:
-                case (
-                    ast.Assign(targets=[ast.Name(id=name)], value=value)
-                    | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
-                ):
-                    found[name] = ast.literal_eval(value)
-                case _:
-                    raise ValueError
-        except ValueError:
+            (name,) = statement.targets
+            found[name.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError):  # no assignment, none to a name, none of a literal
             line = ast.unparse(statement).splitlines()[0]
             raise ProfileError(f"{notebook}: the parameters cell holds `name = literal` only, not `{line}`") from None
     return found
@@ -105,7 +99,8 @@ def defaults(notebook: Path) -> dict:
 def parameters(notebook: Path, profile: Path, overrides: dict | None = None, variant: str = "") -> dict:
     """All parameters as the notebook will see them: its defaults, then the profile's, then `overrides`."""
     if not notebook.is_file():
-        raise ProfileError(f"there is no notebook {notebook}{_nearest(notebook.stem, _names(notebook.parent))}")
+        there = sorted(p.stem for p in notebook.parent.glob("*.ipynb"))
+        raise ProfileError(f"there is no notebook {notebook}{_nearest(notebook.stem, there)}")
     entries, entry = read_profile(profile), join(notebook, variant)
     if entry not in entries:
         raise ProfileError(f"{profile} has no entry {entry!r}{_nearest(entry, entries)}")
@@ -165,7 +160,3 @@ def _fits(value, default) -> bool:
 def _nearest(name: str, names) -> str:
     close = difflib.get_close_matches(name, list(names), 1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(str, names)) or 'none'}"
-
-
-def _names(notebooks: Path) -> list[str]:
-    return sorted(p.stem for p in notebooks.glob("*.ipynb"))

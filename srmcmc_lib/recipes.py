@@ -8,7 +8,6 @@ network is then a LinearEnergy. `select` says which checkpoint of the last stage
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import shutil
@@ -20,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from . import moments, paths
-from .checkpoint import find
+from .checkpoint import copy, find
 from .data import observed, to_uint8
 from .devices import PRECISIONS, arithmetic, ranks
 from .energy import EnergyNet, check_scalable, scale
@@ -31,45 +30,29 @@ from .records import Record, read_log
 from .shortrun import ShortRun
 from .training import TrainConfig, train
 
-KEYS = {"dataset", "limit", "network", "seed", "stages"}
-
-
-def find_recipe(name: str) -> Path:
-    """pretrained/NAME.yaml, or the file that NAME.yaml itself is; FileNotFoundError names the shipped recipes."""
-    path = Path(name) if name.endswith(".yaml") else paths.PRETRAINED / f"{name}.yaml"
-    if not path.exists():
-        there = sorted(p.stem for p in paths.PRETRAINED.glob("*.yaml"))
-        raise FileNotFoundError(f"no recipe {name!r}; there are {there}, or give the path of a .yaml file of your own")
-    return path
-
 
 def read_recipe(name: str) -> dict:
     """The recipe of that name, or in that .yaml file; ValueError names an unknown or a missing key."""
-    path = find_recipe(name)
+    path = find(name, ".yaml")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader that reads 1e-4 as a number
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    stages = recipe.get("stages", recipe.get("moments")) if isinstance(recipe, dict) else None
+    recipe = recipe if isinstance(recipe, dict) else {}
+    kind, learner, always = "stages", TrainConfig, {"steps", "updates"}
+    if "moments" in recipe:
+        kind, learner, always = "moments", moments.learn, {"steps", "updates", "batch_size"}
+    stages = recipe.get(kind)
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path}: a recipe is a mapping, its stages or moments a list of settings; see a shipped one")
-    if "moments" in recipe and recipe.keys() == KEYS - {"stages"} | {"moments"}:
-        known = {"steps", *signature(moments.learn).parameters} - {"model", "data", "images", "seed"}
-        for stage in recipe["moments"]:
-            if stage.keys() - known or not {"steps", "updates", "batch_size"} <= stage.keys():
-                raise ValueError(
-                    f"{path}: a stage takes {sorted(known)}; steps, updates and batch_size always; got {sorted(stage)}"
-                )
-        return recipe
-    if recipe.keys() - {"select"} != KEYS:
-        raise ValueError(f"{path}: the keys must be {sorted(KEYS)}, got {sorted(recipe)}")
-    known = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps"}
-    for stage in recipe["stages"]:
-        if unknown := stage.keys() - known:
-            raise ValueError(f"{path}: unknown setting {sorted(unknown)}; known are {sorted(known)}")
-        if missing := {"steps", "updates"} - stage.keys():
-            raise ValueError(f"{path}: a stage lacks {sorted(missing)}")
-    if (rule := recipe.get("select")) is not None and rule.keys() != {"first", "samples", "seed"}:
+    rule, keys = recipe.get("select"), {"dataset", "limit", "network", "seed", kind}
+    if recipe.keys() - ({"select"} if kind == "stages" else set()) != keys:
+        raise ValueError(f"{path}: the keys must be {sorted(keys)}, got {sorted(recipe)}")
+    known = {"steps", *signature(learner).parameters} - {"model", "data", "images"}
+    for stage in stages:
+        if stage.keys() - known or always - stage.keys():
+            raise ValueError(f"{path}: a stage takes {sorted(known)}; {sorted(always)} always; got {sorted(stage)}")
+    if rule is not None and rule.keys() != {"first", "samples", "seed"}:
         raise ValueError(f"{path}: select needs first, samples and seed, got {sorted(rule)}")
     if rule and rule["first"] > recipe["stages"][-1]["updates"]:
         raise ValueError(f"{path}: select starts at update {rule['first']}, after the last stage's end")
@@ -85,17 +68,13 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     `moments` takes minutes: it runs on the CPU, without checkpoints or options.
     """
     recipe = read_recipe(name)
-    name = find_recipe(name).stem
+    name = find(name, ".yaml").stem
     if "moments" in recipe:
         if options:
             raise ValueError(f"{', '.join(options)}: a recipe of moments, in one piece on the CPU, does not take them")
         if ranks().num_processes > 1:
             raise ValueError(f"a recipe of moments learns in one process, not in {ranks().num_processes}")
-        trained = moments.run(recipe, work / f"{name}.csv")
-        out.mkdir(parents=True, exist_ok=True)
-        if work.resolve() != out.resolve():
-            shutil.copyfile(work / f"{name}.csv", out / f"{name}.csv")
-        return _ship(*trained, recipe, out / name)
+        return _ship(*moments.run(recipe, out / f"{name}.csv"), recipe, out / name)
     if ranks().is_main_process:
         print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
@@ -108,30 +87,27 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     if "select" in recipe:
         embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
     torch.manual_seed(recipe["seed"])
-    model, logs, learned = None, [], None
-    for i, (stage, config) in enumerate(zip(recipe["stages"], configs, strict=True), start=1):
-        if model is None:
-            model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stage["steps"]), dataset=recipe["dataset"])
-        else:
-            model = grow(model, stage["steps"])
+    stages, learned = recipe["stages"], None
+    model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stages[0]["steps"]), dataset=recipe["dataset"])
+    for i, (stage, config) in enumerate(zip(stages, configs, strict=True), start=1):
+        model = grow(model, stage["steps"])  # which leaves the first stage's as it is
         model.to(ranks().device).training = {}
         if learned and Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint} comes from an earlier {learned}: delete it, stage {i} starts anew")
-        candidates = _candidates(recipe, config, work) if i == len(recipe["stages"]) else {}
+        candidates = _candidates(recipe, config, work) if i == len(stages) else {}
         for record in train(model, images, config):  # nothing to do where an earlier run had finished this stage
             learned = f"stage {i}"
             if record.step in candidates and ranks().is_main_process:
-                _copy(config.checkpoint, candidates[record.step])
-        logs.append(Path(config.log))
+                copy(config.checkpoint, candidates[record.step])
     if not ranks().is_main_process:
         return out / f"{name}.safetensors"
     if candidates:
-        _copy(config.checkpoint, candidates[config.updates])
+        copy(config.checkpoint, candidates[config.updates])
         model = select([path for path in candidates.values() if path.exists()], images, recipe["select"])
     out.mkdir(parents=True, exist_ok=True)
-    for log in logs:
-        shutil.copyfile(log, out / f"{name}-{log.name}")
-    return _ship(model, len(images), sum(read_log(log)[-1].seconds for log in logs), recipe, out / name, options)
+    for i, config in enumerate(configs, start=1):
+        shutil.copyfile(config.log, out / f"{name}-stage{i}.csv")
+    return _ship(model, len(images), sum(read_log(c.log)[-1].seconds for c in configs), recipe, out / name, options)
 
 
 def _candidates(recipe: dict, config: TrainConfig, work: Path) -> dict[int, Path]:
@@ -141,12 +117,6 @@ def _candidates(recipe: dict, config: TrainConfig, work: Path) -> dict[int, Path
     steps = range(config.checkpoint_every, config.updates + 1, config.checkpoint_every)
     steps = [step for step in steps if step >= recipe["select"]["first"]]
     return {step: work / f"candidate-{step}.safetensors" for step in [*steps, config.updates]}
-
-
-def _copy(source: str | Path, target: Path) -> None:
-    """Copies aside and renames, so that a run killed meanwhile leaves no half file."""
-    shutil.copyfile(source, target.with_suffix(".part"))
-    target.with_suffix(".part").replace(target)
 
 
 def _ship(model: ShortRun, images: int, seconds: float, recipe: dict, stem: Path, options: dict | None = None) -> Path:
@@ -211,7 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--sub-batch", type=int, help="images a device takes at once (default: what its memory holds)")
     args = parser.parse_args()
     options = {k: v for k in ("precision", "compile", "sub_batch") if (v := getattr(args, k)) is not None}
-    recipe = find_recipe(args.name)
+    recipe = find(args.name, ".yaml")
     shipped = recipe.parent == paths.PRETRAINED  # whose weights are not to be overwritten unasked
     out = args.out or (paths.checkpoints() / "retrained" if shipped else recipe.parent)
     path = run(args.name, args.work or paths.checkpoints() / recipe.stem, out, **options)

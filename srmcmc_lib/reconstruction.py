@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -12,15 +13,14 @@ from .checks import integer
 from .descent import OPTIMIZERS, Step
 from .langevin import frozen, langevin_chain
 from .langevin import gradient as derivative
-from .priors import as_seed
+from .priors import Noise, as_seed
 
 SCHEDULES = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1.0}
 SOLVES = 3  # fixed-point iterations for each step of the reversed chain
 STUCK = 0.01  # of the error at the start: where `auto`'s reversed chain leaves more, the residual is tried as well
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """What `reconstruct` found for B images.
 
     Attributes:
@@ -28,15 +28,15 @@ class Reconstruction:
         x: the reconstruction M_θ(z, u), [B, C, H, W].
         errors: mean squared error per pixel of M_θ(z_t, u), t = 0 … iterations, [iterations + 1, B], over the pixels
             that the mask leaves. It need not fall at every step; x has the column's minimum.
-        restart: the index of the restart that each image's z and errors come from, [B].
         states: M_θ(z_t, u) at the iterations asked for by `keep`, [len(keep), B, C, H, W] (figure 4).
+        restart: the index of the restart that each image's z and errors come from, [B].
     """
 
     z: Tensor
     x: Tensor
     errors: Tensor
-    restart: Tensor
     states: Tensor
+    restart: Tensor
 
     @property
     def error(self) -> Tensor:
@@ -120,12 +120,8 @@ def jacobian_product(f, kernel, z: Tensor, v: Tensor, U: Iterable[Tensor] | None
 
 def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
     """f''(x) v for each image, [B, …] → [B, …]."""
-    with frozen(f), torch.enable_grad():
-        x = x.detach().requires_grad_()
-        df_dx = torch.autograd.grad(f(x).sum(), x, create_graph=True)[0]
-        if not df_dx.requires_grad:  # f is linear
-            return torch.zeros_like(v)
-        return torch.autograd.grad(df_dx, x, v, materialize_grads=True)[0]
+    with frozen(f):
+        return torch.autograd.functional.vhp(lambda x: f(x).sum(), x, v)[1]
 
 
 # Each gradient, and its η and schedule if none are given (None: those of the optimizer).
@@ -155,17 +151,50 @@ def descend(f, kernel, x: Tensor, mask: Tensor, z: Tensor, U, etas: list[float],
     return best_z, best_M, torch.stack(errors), kept
 
 
-def chosen(better: Tensor, new: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
-    """z, M_θ(z, u), errors and states of one run or the other, image by image, by `better`, [B]."""
-    return [torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in zip(new, found, strict=True)]
+def chosen(better: Tensor, new: Reconstruction, found: Reconstruction) -> Reconstruction:
+    """One run or the other, image by image, by `better`, [B]."""
+    pairs = zip(new, found, strict=True)
+    return Reconstruction(*(torch.where(per_image(better) if a.ndim > 2 else better, a, b) for a, b in pairs))
 
 
 def reconstruct(
     model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
-    optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int = 0, u=None, keep: Sequence[int] = (),
-    mask: Tensor | None = None,
+    optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int | Generator = 0, u: Noise = None,
+    keep: Sequence[int] = (), mask: Tensor | None = None,
 ) -> Reconstruction:  # fmt: skip
-    """z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖², from z_0 ~ p_0; see `ShortRun.reconstruct`."""
+    """The z whose image M_θ(z, u) is nearest to x: z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖² (figure 4).
+
+    Every image is its own problem, from its own z_0 ~ p_0: none depends on the others. The best z_t seen is
+    returned, because the error need not fall at every iteration. Neither η_t nor u is given in the paper.
+
+    Args:
+        x: images in the model's value range, floating point, [B, C, H, W].
+        iterations: T ≥ 1; costs T + 1 runs of the chain for each restart, 4 T + 1 for "reverse".
+        eta: the largest η_t > 0; None takes the optimizer's usual one, 1/2 for "reverse". η_t = 1/2 steps by the
+            whole residual.
+        schedule: "cosine" (η_t falls to 0) or "constant"; None takes "constant" for "reverse", else "cosine".
+        optimizer: "gd" (the paper's), "momentum", "adam", "lbfgs" or "anderson", on the same gradient. Over 200
+            iterations no other was better in our trials; "anderson" led for the first 40.
+        gradient: "residual" takes ∂M/∂z = I, so that L' = 2(M_θ(z, u) − x). For a piecewise-linear f this is the
+            exact gradient; for a smooth f it is a fixed-point iteration, which did better than the gradient in
+            our trials. "chain" differentiates through the K steps, with about 2√K stored images. "reverse" carries
+            the residual back through the chain, for a smooth f alone (see `reconstruction.reverse_step`): a few
+            iterations end at the rounding. "auto" is "reverse" where f says that it is not piecewise linear, there
+            is no mask and the optimizer is "gd", and "residual" as well for an image whose error stays above 1 % of
+            its first; else "residual".
+        restarts: how many z_0 to try; each image keeps its best. The first is the same whatever their number.
+        seed: draws every z_0.
+        u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
+        keep: iterations whose M_θ(z_t, u) to return as `states`.
+        mask: 1 where a pixel of x counts, 0 where it is unknown (inpainting); broadcasts to x. None: all count.
+
+    Returns:
+        a frozen record with z, x, errors [T + 1, B] (mean squared error per pixel), restart and states.
+
+    Raises:
+        ValueError: x of another shape, with NaN or not floating point; numbers out of range; unknown names.
+        FloatingPointError: an image whose chain leaves the finite numbers at every iteration.
+    """
     integer("iterations", iterations)
     integer("restarts", restarts)
     for name, value, known in [
@@ -201,25 +230,20 @@ def reconstruct(
 
     seed = as_seed(seed)
     more_seeds = Generator().manual_seed(seed)
-    found, restart = None, torch.zeros(len(x), dtype=torch.long, device=x.device)
-    for r in range(restarts):
-        z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
-        new = stuck = None
-        for direction in directions:
-            step_to, usual_eta, usual_schedule = GRADIENTS[direction]
-            η, at = eta or usual_eta or optimizers_eta, SCHEDULES[schedule or usual_schedule]
-            etas = [η * at(t / iterations) for t in range(iterations + 1)]
-            run = descend(f, kernel, x, mask, z, U, etas, build(), step_to, keep)
-            new = run if stuck is None else chosen(stuck & (run[2].amin(0) < new[2].amin(0)), run, new)
-            stuck = new[2].amin(0) > STUCK * new[2][0]
-            if not stuck.any():
-                break
-        if found is None:
-            found = new
+    found = None
+    for r, (way, direction) in product(range(restarts), enumerate(directions)):
+        if way == 0:
+            z = model.draw_z(len(x), as_seed(more_seeds) if r else seed).to(x.dtype)
+            wanted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        elif not wanted.any():
             continue
-        better = new[2].amin(0) < found[2].amin(0)
-        restart, found = torch.where(better, r, restart), chosen(better, new, found)
-    if not found[2].amin(0).isfinite().all():
+        step_to, usual_eta, usual_schedule = GRADIENTS[direction]
+        η, at = eta or usual_eta or optimizers_eta, SCHEDULES[schedule or usual_schedule]
+        etas = [η * at(t / iterations) for t in range(iterations + 1)]
+        run = descend(f, kernel, x, mask, z, U, etas, build(), step_to, keep)
+        new = Reconstruction(*run, torch.full(x.shape[:1], r, device=x.device))
+        found = new if found is None else chosen(wanted & (new.error < found.error), new, found)
+        wanted = new.error > STUCK * new.errors[0]
+    if not found.error.isfinite().all():
         raise FloatingPointError("the chain left the finite numbers at every iteration: f is too steep for this kernel")
-    z, M, errors, states = found
-    return Reconstruction(z, M, errors, restart, states)
+    return found

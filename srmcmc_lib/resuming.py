@@ -1,7 +1,6 @@
 """All that a stopped run needs to go on as if it had never stopped, written beside θ in the checkpoint."""
 
 import json
-import shutil
 import zlib
 from collections import deque
 from dataclasses import asdict, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from .checkpoint import read
+from .checkpoint import copy, read
 from .records import Record
 from .shortrun import ShortRun
 
@@ -38,41 +37,39 @@ class State:
 
     def __init__(self, model: ShortRun, config, images: Tensor):
         self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
-        self.adam = torch.optim.Adam(model.f.parameters(), lr=config.rate, betas=config.betas)
+        self.theta = dict(model.f.named_parameters())
+        self.adam = torch.optim.Adam(self.theta.values(), lr=config.rate, betas=config.betas)
         devices = ["cpu", *[model.device] * 3]  # the images stay in the host's memory
         self.generators = {
             p: Generator(d).manual_seed(4 * config.seed + i)
             for i, (p, d) in enumerate(zip(PURPOSES, devices, strict=True))
         }
         self.ratios = deque(maxlen=WATCHED)  # of the chains' path to the way they had to go
-        self.average = {k: p.detach().clone() for k, p in self._theta()} if config.average else {}
+        self.average = {k: p.detach().clone() for k, p in self.theta.items()} if config.average else {}
         self.owns_checkpoint = False  # until restored or saved: the files of that name may be another run's
-        # what a resumed run must share besides its settings: generators differ between devices
+        # what a resumed run must share, as JSON gives it back; the device because generators differ between them
+        shared = {k: v for k, v in asdict(config).items() if k not in NOT_COMPARED}
         checksum = zlib.crc32(images.cpu().contiguous().numpy())
-        self.circumstances = {"images": [len(images), checksum], "device": model.device.type}
-
-    def _theta(self):
-        return self.model.f.named_parameters()
+        shared |= {"images": [len(images), checksum], "device": model.device.type}
+        self.settings = json.loads(json.dumps(shared))
 
     @torch.no_grad()
     def update_average(self) -> None:
         decay = min(self.config.average, (1 + self.step) / (10 + self.step))  # the first updates are soon forgotten
-        for k, p in self._theta() if self.average else ():
-            self.average[k].lerp_(p, 1 - decay)
+        for k, average in self.average.items():
+            average.lerp_(self.theta[k], 1 - decay)
 
     def save(self, path: Path, record: Record) -> None:
         extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
         for i, moments in self.adam.state_dict()["state"].items():
             extra |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-        theta = {k: p.detach().clone() for k, p in self._theta()}
+        theta = {k: p.detach().clone() for k, p in self.theta.items()}
         extra |= {f"theta.{k}": p for k, p in theta.items()} if self.average else {}
         self._describe(record)
         if not self.owns_checkpoint:
             previous(path).unlink(missing_ok=True)
         elif path.exists():
-            aside = previous(path).with_suffix(".part")
-            shutil.copyfile(path, aside)  # not moved: a run killed here must find its checkpoint
-            aside.replace(previous(path))
+            copy(path, previous(path))  # not moved: a run killed here must find its checkpoint
         try:
             self._fill(self.average)  # what a reader of the checkpoint samples with
             self.model.save(path, **extra)
@@ -84,16 +81,14 @@ class State:
         self._fill(self.average)
 
     def _describe(self, record: Record) -> None:
-        settings = {k: v for k, v in asdict(self.config).items() if k not in NOT_COMPARED - {"updates", "horizon"}}
-        settings["betas"] = list(settings["betas"])  # as JSON gives them back
-        settings |= self.circumstances
+        settings = {"updates": self.config.updates, "horizon": self.config.horizon} | self.settings
         seen = {"last": asdict(record), "ratios": list(self.ratios)}
         self.model.training = {**self.model.training, "config": settings, **seen}
 
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
-        for k, p in self._theta() if values else ():
-            p.copy_(values[k])
+        for k, value in values.items():
+            self.theta[k].copy_(value)
 
     def restore(self, path: Path) -> None:
         try:
@@ -105,29 +100,22 @@ class State:
         stored = meta["training"].get("config")
         if stored is None or "generator.data" not in tensors:
             raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
-        for name, default in [(f.name, f.default) for f in fields(self.config) if f.name not in NOT_COMPARED]:
-            asked, was = getattr(self.config, name), stored.get(name, default)  # older checkpoints lack newer settings
-            asked = list(asked) if isinstance(asked, tuple) else asked
-            if was != asked:
-                raise ValueError(f"{path} was trained with {name}={was!r}, the config says {asked!r}: "
+        defaults = {f.name: f.default for f in fields(self.config)}  # older checkpoints lack newer settings
+        for name, here in self.settings.items():
+            if (was := stored.get(name, defaults.get(name))) != here:
+                raise ValueError(f"{path} was trained with {name}={was!r}, here it is {here!r}: "
                                  "set it back, or pass resume=False to start anew")  # fmt: skip
         if (done := meta["training"]["last"]["step"]) > self.config.updates:
             raise ValueError(f"{path} is at update {done} already, the config ends at {self.config.updates}: "
                              "raise updates, or pass resume=False to start anew")  # fmt: skip
         now, then = (c["horizon"] or c["updates"] for c in (asdict(self.config), {"horizon": None, **stored}))
         if now != then and (self.config.rate_final is not None or self.config.sigma_final is not None):
-            raise ValueError(
-                f"{path} lowered rate or sigma over {then} updates, the config over {now}: set horizon={then}"
-            )
-        for name, here in self.circumstances.items():
-            if stored.get(name) != here:
-                raise ValueError(f"{path} was trained with {name} {stored.get(name)}, not {here}: give the same")
+            raise ValueError(f"{path} lowered rate or sigma over {then} updates, not {now}: set horizon={then}")
         for name, here in json.loads(json.dumps(self.model.config)).items():
             if meta[name] != here:
                 raise ValueError(f"{path} holds a model with {name} {meta[name]}, the model at hand has {here}")
         self.model.f.load_state_dict({k.removeprefix("f."): v for k, v in tensors.items() if k.startswith("f.")})
-        theta = "theta." if self.average else "f."
-        self._fill({k: tensors[theta + k] for k, _ in self._theta()})
+        self._fill({k: tensors[f"theta.{k}"] for k in self.average})
         for k, average in self.average.items():
             average.copy_(tensors["f." + k])
         moments: dict[int, dict[str, Tensor]] = {}

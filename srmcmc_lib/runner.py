@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
@@ -25,6 +24,7 @@ import torch
 import yaml
 
 from . import paths
+from .checkpoint import installed
 from .profiles import Loader, ProfileError, check, defaults, join, parameters, planned
 
 DEFAULT_PROFILE = "cpu"  # its figures are committed; those of other profiles go to figures/<profile>/
@@ -88,7 +88,7 @@ def run(
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
-            "versions": {package: _version(package) for package in ("srmcmc", "torch", "numpy")},
+            "versions": {package: installed(package) for package in ("srmcmc", "torch", "numpy")},
             "git": git,
         }
         nbformat.write(executed, fresh / f"{name}.ipynb")
@@ -106,9 +106,7 @@ def run(
 def refresh(notebook: Path, cell_timeout: int = 3600) -> None:
     """Executes a notebook with its defaults and writes its outputs back; its figures are thrown away."""
     with tempfile.TemporaryDirectory() as aside:
-        executed = _execute(notebook, Path(aside) / notebook.name, {}, Path(aside), cell_timeout)
-        (Path(aside) / notebook.name).write_text(nbformat.writes(executed) + "\n", encoding="utf-8")
-        shutil.copyfile(Path(aside) / notebook.name, notebook)
+        nbformat.write(_execute(notebook, Path(aside) / notebook.name, {}, Path(aside), cell_timeout), notebook)
 
 
 def _execute(notebook: Path, output: Path, changed: dict, figures: Path, cell_timeout: int) -> nbformat.NotebookNode:
@@ -121,13 +119,12 @@ def _execute(notebook: Path, output: Path, changed: dict, figures: Path, cell_ti
     path = os.pathsep.join(p for p in (str(paths.PACKAGE.parent), os.environ.get("PYTHONPATH")) if p)
     env = {"SRMCMC_FIGURES": str(figures.resolve()), "PYTHONPATH": path}
 
+    argv = [*make_ipkernel_cmd(), "--log-level=ERROR"]  # it warns of every connection over TCP
+
     class ThisPython(AsyncKernelManager):
         """Whatever kernelspec the notebook names or the user has installed, the kernel is this very interpreter."""
 
-        @property
-        def kernel_spec(self):
-            argv = [*make_ipkernel_cmd(), "--log-level=ERROR"]  # it warns of every connection over TCP
-            return KernelSpec(argv=argv, env=env, display_name="Python 3", language="python")
+        kernel_spec = KernelSpec(argv=argv, env=env, display_name="Python 3", language="python")
 
     try:
         papermill.execute_notebook(
@@ -170,13 +167,6 @@ def _clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if WIDGET_VIEW not in o.get("data", {})]
     return nbformat.from_dict(nb)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # the library used from the checkout without being installed
-        return None
 
 
 def _git() -> dict | None:
@@ -223,12 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         for notebook in () if options.check else options.notebook:
             print(f"{notebook}: running", file=sys.stderr, flush=True)
             started = time.perf_counter()
+            where = notebook
             if options.in_place:
                 refresh(notebook, options.cell_timeout)
             else:
-                run(notebook, options.profile, dict(options.overrides), options.cell_timeout, options.variant)
-            folder = target(notebook, options.profile, dict(options.overrides), options.variant)
-            where = notebook if options.in_place else folder
+                where = run(notebook, options.profile, dict(options.overrides), options.cell_timeout, options.variant)
             print(f"{notebook}: {time.perf_counter() - started:.0f} s, written to {where}", file=sys.stderr)
     except (ProfileError, NotebookFailed) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from .energy import EnergyNet, LinearEnergy
 from .interpolation import mix
 from .langevin import Langevin, langevin_chain
 from .priors import FOR_Z, PRIORS, Gaussian, Noise, Uniform, as_seed, chain_noise, streams
-from .reconstruction import Reconstruction, reconstruct
+from .reconstruction import reconstruct
 
 
 @dataclass
@@ -144,45 +144,7 @@ class ShortRun:
             U = (u_k.repeat_interleave(R, 0) if u_k.ndim == 4 and len(u_k) == B else u_k for u_k in U)
         return self(z.flatten(0, 1), U).unflatten(0, (B, R))
 
-    def reconstruct(
-        self, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
-        optimizer: str = "gd", gradient: str = "auto", restarts: int = 1, seed: int | Generator = 0, u: Noise = None,
-        keep: Sequence[int] = (), mask: Tensor | None = None,
-    ) -> Reconstruction:  # fmt: skip
-        """The z whose image M_θ(z, u) is nearest to x: z_{t+1} = z_t − η_t L'(z_t), L(z) = ‖x − M_θ(z, u)‖² (figure 4).
-
-        Every image is its own problem, from its own z_0 ~ p_0: none depends on the others. The best z_t seen is
-        returned, because the error need not fall at every iteration. Neither η_t nor u is given in the paper.
-
-        Args:
-            x: images in the model's value range, floating point, [B, C, H, W].
-            iterations: T ≥ 1; costs T + 1 runs of the chain for each restart, 4 T + 1 for "reverse".
-            eta: the largest η_t > 0; None takes the optimizer's usual one, 1/2 for "reverse". η_t = 1/2 steps by the
-                whole residual.
-            schedule: "cosine" (η_t falls to 0) or "constant"; None takes "constant" for "reverse", else "cosine".
-            optimizer: "gd" (the paper's), "momentum", "adam", "lbfgs" or "anderson", on the same gradient. Over 200
-                iterations no other was better in our trials; "anderson" led for the first 40.
-            gradient: "residual" takes ∂M/∂z = I, so that L' = 2(M_θ(z, u) − x). For a piecewise-linear f this is the
-                exact gradient; for a smooth f it is a fixed-point iteration, which did better than the gradient in
-                our trials. "chain" differentiates through the K steps, with about 2√K stored images. "reverse" carries
-                the residual back through the chain, for a smooth f alone (see `reconstruction.reverse_step`): a few
-                iterations end at the rounding. "auto" is "reverse" where f says that it is not piecewise linear, there
-                is no mask and the optimizer is "gd", and "residual" as well for an image whose error stays above 1 % of
-                its first; else "residual".
-            restarts: how many z_0 to try; each image keeps its best. The first is the same whatever their number.
-            seed: draws every z_0.
-            u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
-            keep: iterations whose M_θ(z_t, u) to return as `states`.
-            mask: 1 where a pixel of x counts, 0 where it is unknown (inpainting); broadcasts to x. None: all count.
-
-        Returns:
-            a frozen record with z, x, errors [T + 1, B] (mean squared error per pixel), restart and states.
-
-        Raises:
-            ValueError: x of another shape, with NaN or not floating point; numbers out of range; unknown names.
-            FloatingPointError: an image whose chain leaves the finite numbers at every iteration.
-        """
-        return reconstruct(self, x, iterations, eta, schedule, optimizer, gradient, restarts, seed, u, keep, mask)
+    reconstruct = reconstruct
 
     def with_steps(self, steps: int) -> "ShortRun":
         """The same network and prior with another K: for K at evaluation ≠ K at training."""
@@ -204,12 +166,8 @@ class ShortRun:
         The file is written aside and renamed, so an interrupted save leaves the old one. `extra` tensors (a trainer's
         state) travel along and are ignored by `load`.
         """
-        meta = self.config | {
-            "value_range": list(self.value_range),
-            "image_size": self.f.image_size,
-            "dataset": self.dataset,
-            "training": self.training,
-        }
+        more = {"value_range": list(self.value_range), "image_size": self.f.image_size}
+        meta = self.config | more | {"dataset": self.dataset, "training": self.training}
         return checkpoint.write(path, meta, {f"f.{k}": v for k, v in self.f.state_dict().items()} | extra)
 
     @classmethod
@@ -236,8 +194,7 @@ class ShortRun:
             if "weights" in network:
                 f.weights = network["weights"]
         else:
-            config = json.loads(json.dumps(getattr(f, "config", {})))  # with lists for tuples, as the file has them
-            here = {"class": type(f).__name__, **config}
+            here = json.loads(json.dumps(cls(f).config["network"]))  # with lists for tuples, as the file has them
             if here != meta["network"]:
                 raise ValueError(f"{path} holds the network {meta['network']}, but f is {here}")
         try:

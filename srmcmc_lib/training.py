@@ -15,11 +15,13 @@ from .data import check_images, to_float
 from .devices import arithmetic, at_once, check_same, prepared, ranks, same_start, share, summed
 from .energy import check_scalable, scale
 from .langevin import langevin_chain
+from .priors import Gaussian
 from .records import Record, open_log
 from .resuming import WATCHED, State, previous
 from .settings import TrainConfig
 from .shortrun import ShortRun
 
+NOISE = Gaussian()  # N(0, I), drawn on the generator's device
 PULL = 0.1  # the share of log(path / ratio) by which f is scaled at each update
 
 
@@ -170,12 +172,12 @@ def gradients(state: State, f: nn.Module, images: Tensor, sigma: float, n: int) 
     device, mine, shape = model.device, share(m), (m, *model.shape)
     x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"])[mine].to(images.device)].to(device))
     z = model.prior.draw(shape, g["z"])[mine].to(device)
-    x_plus = x_plus + sigma * randn(shape, g["sigma"])[mine].to(device)
+    x_plus = x_plus + sigma * NOISE.draw(shape, g["sigma"])[mine].to(device)
     before, seen = g["u"].get_state(), 0.0
     for start in range(0, len(z), n):
         g["u"].set_state(before)  # each part sees its own rows of the same noise
         part = slice(start, start + n)
-        U = (randn(shape, g["u"])[mine][part].to(device) for _ in range(model.kernel.steps))
+        U = (NOISE.draw(shape, g["u"])[mine][part].to(device) for _ in range(model.kernel.steps))
         norms, x_part = [], x_plus[part]
         for x_minus, df_dx in langevin_chain(f, z[part], model.kernel, U):
             norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
@@ -185,8 +187,3 @@ def gradients(state: State, f: nn.Module, images: Tensor, sigma: float, n: int) 
         way = (x_part - z[part]).flatten(1).norm(dim=1).mean()
         seen = seen + weight * torch.stack([d.detach(), torch.stack(norms).mean(), way])
     return seen
-
-
-def randn(shape: tuple, generator: torch.Generator) -> Tensor:
-    """N(0, I), on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)

@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from srmcmc_lib import observed, paths
-from srmcmc_lib.classifier import NAME, Classifier, load_classifier, predict, train_classifier
+from srmcmc_lib.classifier import NAME, Classifier, load_classifier, train_classifier
 from srmcmc_lib.data import labels, to_float
+from srmcmc_lib.features import responses
 
 
 def test_a_few_steps_of_learning_beat_chance_by_far_and_a_seed_repeats_them():
     images, targets = observed("fashion_mnist_mini", limit=768), labels("fashion_mnist_mini", limit=768)
     first, again, other = (train_classifier(images, targets, epochs=3, batch_size=64, seed=s) for s in (0, 0, 1))
     held_out = to_float(observed("fashion_mnist_mini", split="test", limit=300))
-    right = predict(first, held_out).argmax(1) == labels("fashion_mnist_mini", "test", limit=300)
+    right = responses(first, held_out).argmax(1) == labels("fashion_mnist_mini", "test", limit=300)
     assert right.float().mean() > 0.5  # chance: 0.1
-    assert torch.equal(predict(first, held_out), predict(again, held_out))
-    assert not torch.equal(predict(first, held_out), predict(other, held_out))
+    assert torch.equal(responses(first, held_out), responses(again, held_out))
+    assert not torch.equal(responses(first, held_out), responses(other, held_out))
     assert not first.training and not any(p.requires_grad for p in first.parameters())
 
 
@@ -25,8 +26,7 @@ def test_the_shipped_classifier_is_as_good_as_its_card_says():
     card = json.loads((paths.PRETRAINED / f"{NAME}.json").read_text(encoding="utf-8"))
     assert card["test_accuracy"] >= 0.91
     x, y = to_float(observed("fashion_mnist", split="test")), labels("fashion_mnist", "test")
-    p = predict(load_classifier(), x)
-    torch.testing.assert_close(p.sum(1), torch.ones(10_000))
+    p = responses(load_classifier(), x)
     assert abs((p.argmax(1) == y).float().mean().item() - card["test_accuracy"]) < 5e-4
 
 

@@ -325,7 +325,7 @@ def test_a_run_may_move_to_other_sub_batches_but_not_to_another_precision(tmp_pa
     list(train(tiny(), IMAGES, c))
     moved = replace(c, updates=3, sub_batch=1, channels_last=False, alarm=None)
     assert [r.step for r in train(tiny(), IMAGES, moved)] == [3]
-    with pytest.raises(ValueError, match="trained with precision='float32', the config says 'bf16'"):
+    with pytest.raises(ValueError, match="trained with precision='float32', here it is 'bf16'"):
         train(tiny(), IMAGES, replace(c, precision="bf16"))
     meta, _ = read(Path(c.checkpoint))
     assert meta["training"]["config"]["precision"] == "float32"

@@ -60,7 +60,7 @@ def test_learning_is_dashed_where_k_changes_and_dotted_where_only_the_batch_does
     np.testing.assert_allclose([mean.get_ydata()[0] for mean in means], [0.75, 0.35, 0.15])
     marks = {line.get_linestyle(): line.get_xdata() for line in axes.lines if line.get_linestyle() != "-"}
     assert marks == {"--": [2.5, 2.5], ":": [4.5, 4.5]}
-    assert {text.get_text(): text.xy[0] for text in axes.texts} == {"K = 50": 2.5, "m = 24": 4.5}
+    assert {text.get_text(): text.xy[0] for text in axes.texts} == {"K=50": 2.5, "m=24": 4.5}
 
 
 def test_drift_draws_each_part_where_it_was_measured():

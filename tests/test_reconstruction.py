@@ -1,6 +1,5 @@
 """Reconstruction: its gradients against plain automatic differentiation, and that each image is its own problem."""
 
-import dataclasses
 import weakref
 
 import pytest
@@ -365,7 +364,7 @@ def test_seeds_and_noise():
 def test_the_record_is_frozen_and_the_parameters_stay_trainable():
     model = tiny()
     rec = model.reconstruct(targets(), 1, gradient="chain")
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         rec.z = None
     assert all(p.requires_grad and p.grad is None for p in model.f.parameters())
     assert not any(t.requires_grad for t in (rec.z, rec.x, rec.errors, rec.states))

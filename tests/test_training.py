@@ -611,7 +611,7 @@ def test_a_run_with_a_path_that_is_resumed_equals_the_run_never_stopped(tmp_path
     free = tiny()
     list(train(free, IMAGES, replace(c, checkpoint=None, path=None)))
     assert same(weights(model), weights(whole)) and not same(weights(whole), weights(free))
-    with pytest.raises(ValueError, match=r"trained with path=1\.2, the config says None"):
+    with pytest.raises(ValueError, match=r"trained with path=1\.2, here it is None"):
         train(tiny(), IMAGES, replace(c, path=None))
 
 
