@@ -159,7 +159,7 @@ def run(recipe: dict, log: Path) -> tuple[ShortRun, int, float]:
             stage, K = dict(stage), model.kernel.steps
             model = model.with_steps(stage.pop("steps"))
             scale(model.f, K / model.kernel.steps)
-            updates = learn(model, data, images, seed=recipe["seed"] + i, **stage)
+            updates = learn(model, data, images, **{"seed": recipe["seed"] + i} | stage)
             for r in tqdm(updates, total=stage["updates"], desc=f"K = {model.kernel.steps}"):
                 step += 1
                 table.writerow([step, model.kernel.steps, (r.delta.norm() / unit).item(), r.length])

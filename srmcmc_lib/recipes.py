@@ -182,7 +182,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     options = {k: v for k in ("precision", "compile", "sub_batch") if (v := getattr(args, k)) is not None}
     recipe = find(args.name, ".yaml")
-    shipped = recipe.parent == paths.PRETRAINED  # whose weights are not to be overwritten unasked
+    shipped = recipe.resolve().parent == paths.PRETRAINED.resolve()  # whose weights are not to be overwritten unasked
     out = args.out or (paths.checkpoints() / "retrained" if shipped else recipe.parent)
     path = run(args.name, args.work or paths.checkpoints() / recipe.stem, out, **options)
     if ranks().is_main_process:

@@ -98,7 +98,8 @@ def test_a_recipe_of_moments_learns_in_stages_from_nothing(tmp_path, monkeypatch
     recipe = {
         "dataset": "fashion_mnist_mini", "limit": 50, "seed": 0,
         "network": {"channels": 1, "image_size": 32, "layer": 1},
-        "moments": [{"steps": 2, "updates": 3, "batch_size": 8}, {"steps": 4, "updates": 2, "batch_size": 8}],
+        "moments": [{"steps": 2, "updates": 3, "batch_size": 8},
+                    {"steps": 4, "updates": 2, "batch_size": 8, "seed": 7}],
     }  # fmt: skip
     shutil.copy(paths.PRETRAINED / "fashion_mnist_classifier.safetensors", tmp_path)
     monkeypatch.setattr(paths, "PRETRAINED", tmp_path)
