@@ -130,14 +130,14 @@ class LinearEnergy(nn.Module):
 @torch.no_grad()
 def scale(f: nn.Module, c: float) -> None:
     """f ← c·f, in place, by its last convolution or linear layer, if f is as `check_scalable` wants it."""
-    for p in [m for m in f.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1].parameters():
+    for p in _layers(f)[-1].parameters():
         p.mul_(c)
 
 
 @torch.no_grad()
 def check_scalable(f: nn.Module) -> None:
     """ValueError where `scale` would not scale f, which is left as it was, to the bit."""
-    if any(isinstance(m, nn.Conv2d | nn.Linear) for m in f.modules()):
+    if _layers(f):
         shape = (1, f.channels, f.image_size, f.image_size)
         x = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(next(f.parameters()))
         before = f(x)
@@ -148,3 +148,7 @@ def check_scalable(f: nn.Module) -> None:
             return
     raise ValueError(f"{type(f).__name__} cannot be scaled: its value must come from a convolution or linear layer, "
                      "the last that its constructor makes")  # fmt: skip
+
+
+def _layers(f: nn.Module) -> list[nn.Module]:
+    return [m for m in f.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

@@ -175,10 +175,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="put the measurements on the card beside the weights")
     args = parser.parse_args()
-    from .cards import card_of, write  # not above: cards imports recipes, and that this module
-
     if args.write:
-        card_of(args.name)
+        from .cards import card_of, write  # not above: cards imports recipes, and that this module
+
+        card_of(args.name)  # missing, it is missed before the measuring
     model = ShortRun.load(args.name)
     found = match(model.f.h, model.sample(args.samples, args.seed), *given(model))
     command = f"python -m srmcmc_lib.moments {args.name} --samples {args.samples} --seed {args.seed}"

@@ -74,7 +74,10 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
             raise ValueError(f"{', '.join(options)}: a recipe of moments, in one piece on the CPU, does not take them")
         if ranks().num_processes > 1:
             raise ValueError(f"a recipe of moments learns in one process, not in {ranks().num_processes}")
-        return _ship(*moments.run(recipe, out / f"{name}.csv"), recipe, out / name)
+        trained = moments.run(recipe, work / f"{name}.csv")
+        out.mkdir(parents=True, exist_ok=True)
+        copy(work / f"{name}.csv", out / f"{name}.csv")  # now: a run stopped on its way leaves the finished files alone
+        return _ship(*trained, recipe, out / name)
     if ranks().is_main_process:
         print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done

@@ -16,8 +16,6 @@ from .shortrun import ShortRun
 PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
 NOT_COMPARED = {"updates", "horizon", "checkpoint", "checkpoint_every", "log", "progress", "channels_last", "compile",
                 "sub_batch", "alarm"}  # may change between stop and resume; horizon: see below  # fmt: skip
-
-
 WATCHED = 20  # updates over which the alarm of `training.check` averages
 
 
