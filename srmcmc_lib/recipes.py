@@ -2,7 +2,7 @@
 
 A recipe, pretrained/NAME.yaml, names the data, the network, the seed and stages of learning. Stages after the first
 start from the model that `grow` makes of the one before: short chains are cheap, and the last stage has the K that is
-shipped; with `spread` a stage first doubles the maps (`widen`), for narrow networks are cheap too. The seed is θ_0's, and that of all stages which give none of their own (these see the same draws again). A
+shipped. The seed is θ_0's, and that of all stages which give none of their own (these see the same draws again). A
 stopped run goes on where its last checkpoint was. Instead of stages, `moments` lists settings of `moments.learn`; the
 network is then a LinearEnergy. `select` says which checkpoint of the last stage is shipped.
 """
@@ -11,13 +11,12 @@ import argparse
 import json
 import platform
 import shutil
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
 import torch
 import yaml
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from . import moments, paths
 from .checkpoint import copy, find
@@ -50,7 +49,6 @@ def read_recipe(name: str) -> dict:
     if recipe.keys() - ({"select"} if kind == "stages" else set()) != keys:
         raise ValueError(f"{path}: the keys must be {sorted(keys)}, got {sorted(recipe)}")
     known = {"steps", *signature(learner).parameters} - {"model", "data", "images"}
-    known |= {"spread"} if kind == "stages" else set()
     for stage in stages:
         if stage.keys() - known or always - stage.keys():
             raise ValueError(f"{path}: a stage takes {sorted(known)}; {sorted(always)} always; got {sorted(stage)}")
@@ -87,7 +85,7 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     configs = []  # all of them now: a setting out of range is no news to get after the first stage
     for i, stage in enumerate(recipe["stages"], start=1):
         files = {"checkpoint": str(work / f"stage{i}.safetensors"), "log": str(work / f"stage{i}.csv")}
-        settings = {k: v for k, v in stage.items() if k not in ("steps", "spread")} | options
+        settings = {k: v for k, v in stage.items() if k != "steps"} | options
         configs.append(TrainConfig(**{"seed": recipe["seed"]} | settings | files))
     if "select" in recipe:
         embed(images[:1])  # images that the classifier does not take are refused now, not after the learning
@@ -96,8 +94,6 @@ def run(name: str, work: Path, out: Path, **options) -> Path:
     model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stages[0]["steps"]), dataset=recipe["dataset"])
     for i, (stage, config) in enumerate(zip(stages, configs, strict=True), start=1):
         model = grow(model, stage["steps"])  # which leaves the first stage's as it is
-        if "spread" in stage:
-            model = widen(model, stage["spread"], config.seed)
         model.to(ranks().device).training = {}
         if learned and Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint} comes from an earlier {learned}: delete it, stage {i} starts anew")
@@ -167,30 +163,6 @@ def grow(model: ShortRun, steps: int) -> ShortRun:
     check_scalable(model.f)
     scale(model.f, model.kernel.steps / steps)
     return grown
-
-
-@torch.no_grad()
-def widen(model: ShortRun, spread: float, seed: int) -> ShortRun:
-    """The model with twice the maps, 2·n_f, and about the same images: the start of learning with more parameters.
-
-    Each map becomes two, with the weights w + δ and w − δ, and what they lead to counts each half. δ ~ N(0, spread²)
-    in units of the filter's root mean square tells the two apart; without it they would learn the same for ever. Our
-    own device, not the paper's. ValueError for a spread that is not above 0, for a network that is no EnergyNet.
-    """
-    if not isinstance(model.f, EnergyNet) or not 0 < spread < 1:
-        raise ValueError(f"widen takes an EnergyNet and a spread in (0, 1), got {type(model.f).__name__} and {spread!r}")
-    f, g = EnergyNet(**model.f.config | {"width": 2 * model.f.width}).to(model.device), Generator().manual_seed(seed)
-    old, new = ([layer for layer in net.layers if isinstance(layer, nn.Conv2d)] for net in (model.f, f))
-    for i, (narrow, wide) in enumerate(zip(old, new, strict=True)):
-        for name, value in narrow.named_parameters():
-            value = torch.cat([value, value], 1) / 2 if name == "weight" and i > 0 else value
-            if i < len(old) - 1:
-                size = value.flatten(1).square().mean(1) if name == "weight" else value.square().mean()
-                size = size.sqrt().view(-1, *[1] * (value.ndim - 1))
-                δ = spread * size * torch.randn(value.shape, generator=g).to(value.device)
-                value = torch.cat([value + δ, value - δ])
-            getattr(wide, name).copy_(value)
-    return replace(model, f=f)
 
 
 def learning_curves(source: str | Path) -> list[tuple[int, list[Record]]]:

@@ -109,16 +109,6 @@ def test_a_stage_may_have_a_seed_of_its_own(tiny, tmp_path):
     assert ShortRun.load(parts).training["options"] == {"sub_batch": 2}
 
 
-def test_a_stage_may_widen_the_network(tiny, tmp_path):
-    tiny(stages=[TINY["stages"][0], TINY["stages"][1] | {"spread": 0.1}])
-    path = recipes.run("tiny", tmp_path / "a", tmp_path / "out")
-    assert ShortRun.load(path).f.width == 2 * TINY["network"]["width"]
-    (tmp_path / "b").mkdir()
-    for kind in ("safetensors", "csv"):
-        (tmp_path / "b" / f"stage1.{kind}").write_bytes((tmp_path / "a" / f"stage1.{kind}").read_bytes())
-    assert torch.equal(weights(path), weights(recipes.run("tiny", tmp_path / "b", tmp_path / "out2")))
-
-
 def test_a_setting_out_of_range_in_a_late_stage_stops_the_run_before_the_first(tiny, tmp_path):
     tiny(stages=[TINY["stages"][0], TINY["stages"][1] | {"path": 2.4}])
     with pytest.raises(ValueError, match=r"path must be None, or above 1 and below alarm=1\.6"):
@@ -139,8 +129,7 @@ def test_something_is_shipped():
 def test_a_shipped_model_is_what_its_recipe_says(name):
     model, recipe = ShortRun.load(name), recipes.read_recipe(name)
     assert model.training["recipe"] == recipe
-    width = recipe["network"]["width"] * 2 ** sum("spread" in stage for stage in recipe["stages"])
-    assert model.f.config.items() >= (recipe["network"] | {"width": width}).items()
+    assert model.f.config.items() >= recipe["network"].items()
     assert (model.kernel.steps, model.dataset) == (recipe["stages"][-1]["steps"], recipe["dataset"])
     card = json.loads((paths.PRETRAINED / f"{name}.json").read_text(encoding="utf-8"))
     assert {k: v for k, v in card.items() if k != "measured"} == model.training

@@ -19,7 +19,7 @@ from torch import Generator
 from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, TrainConfig, Uniform, observed, train
 from srmcmc_lib.data import to_float
 from srmcmc_lib.energy import scale
-from srmcmc_lib.recipes import grow, learning_curves, widen
+from srmcmc_lib.recipes import grow, learning_curves
 from srmcmc_lib.records import read_log
 from srmcmc_lib.training import WATCHED, check
 
@@ -803,29 +803,6 @@ def test_grow_refuses_a_bad_K_before_it_touches_the_network(steps):
     with pytest.raises(ValueError, match=r"steps \(K\)"):
         grow(model, steps)
     assert same(weights(model), weights(tiny()))
-
-
-# --------------------------------------------------------------------------------------------------------- widen
-
-
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_widen_doubles_the_maps_and_nearly_keeps_f(activation):
-    model, x = tiny(width=4, activation=activation), torch.randn(16, 1, 8, 8)
-    f = model.f(x).detach()
-    change = [(widen(model, spread, 0).f(x).detach() - f).std() / f.std() for spread in (1e-4, 0.05)]
-    assert change[0] < 1e-3 and change[0] < change[1] < 0.1
-    wide = widen(model, 0.05, 0)
-    assert wide.f.config == model.f.config | {"width": 8} and wide.kernel == model.kernel
-    first, second = wide.f.layers[0].weight.chunk(2)
-    assert not same(first, second) and same(model.f(x).detach(), f)  # told apart; the narrow one untouched
-    torch.testing.assert_close((first + second) / 2, model.f.layers[0].weight)
-    assert same(weights(wide), weights(widen(model, 0.05, 0))) and not same(weights(wide), weights(widen(model, 0.05, 1)))
-
-
-@pytest.mark.parametrize("spread", [0, 1.0, -0.1, float("nan")])
-def test_widen_refuses_a_spread_out_of_range(spread):
-    with pytest.raises(ValueError, match="spread"):
-        widen(tiny(), spread, 0)
 
 
 # ------------------------------------------------------------------------------------------------- learning works
