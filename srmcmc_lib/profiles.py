@@ -88,7 +88,7 @@ def defaults(notebook: Path) -> dict:
     found = {}
     for statement in ast.parse(cells[0].source).body if cells else []:
         try:
-            (name,) = statement.targets
+            (name,) = [statement.target] if isinstance(statement, ast.AnnAssign) else statement.targets
             found[name.id] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):  # no assignment, none to a name, none of a literal
             line = ast.unparse(statement).splitlines()[0]

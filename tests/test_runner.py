@@ -159,6 +159,18 @@ def test_a_parameters_cell_with_an_expression_is_refused(project):
         profiles.defaults(notebook)
 
 
+def test_a_parameter_may_carry_its_type(project):
+    notebook = toy(project)
+    plain = profiles.defaults(notebook)
+    notebook.write_text(notebook.read_text().replace("steps = 3", "steps: int = 3"))
+    assert "steps: int = 3" in notebook.read_text() and profiles.defaults(notebook) == plain
+    for wrong in ("steps: int", "steps += 3"):
+        notebook.write_text(notebook.read_text().replace("steps: int = 3", wrong))
+        with pytest.raises(profiles.ProfileError, match="only, not `steps"):
+            profiles.defaults(notebook)
+        notebook.write_text(notebook.read_text().replace(wrong, "steps: int = 3"))
+
+
 def test_set_reads_numbers_and_an_empty_string():
     assert runner._assignment("rate=1e-4") == ("rate", 1e-4)
     assert runner._assignment("checkpoint=") == ("checkpoint", "")
