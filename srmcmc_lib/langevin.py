@@ -91,10 +91,15 @@ def frozen(f: Callable) -> Iterator[None]:
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f'(x) = ∂f/∂x for each image, [B, …] → [B, …]; keeps no graph and leaves f's parameters as they were."""
+    """f'(x) = ∂f/∂x for each image, [B, …] → [B, …]: f.gradient(x) where f has one, else automatic differentiation.
+
+    It keeps no graph and leaves f's parameters as they were.
+    """
+    if hasattr(f, "gradient"):
+        return f.gradient(x)
     with frozen(f), torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = f(x)
+        y = f(x.to(next(f.parameters(), x).dtype) if isinstance(f, nn.Module) else x)  # a bfloat16 copy takes bfloat16
         if y.shape != x.shape[:1]:
             raise ValueError(f"f must map [B, …] to one number an image, [{len(x)}]; it returned {list(y.shape)}")
         return torch.autograd.grad(y.sum(), x)[0]  # images are independent, so the sum's gradient is each one's own

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -14,6 +15,19 @@ from .records import Record
 from .shortrun import ShortRun
 
 PURPOSES = ("data", "sigma", "z", "u")  # one generator each: which x⁺, their noise, z ~ p_0, the chain's noise
+
+
+def fresh(seed: int, t: int, device: torch.device) -> dict[str, Generator]:
+    """The generators of update t by purpose, made anew from (seed, t): a resumed run needs no generator's state.
+
+    Three draw on the model's device: K·m images of noise an update, drawn on the CPU, would take longer than a GPU's
+    chain does. The images stay in the host's memory.
+    """
+    seeds = np.random.SeedSequence(seed, spawn_key=(t,)).generate_state(len(PURPOSES))
+    places = ["cpu", *[device] * 3]
+    return {p: Generator(d).manual_seed(int(s)) for p, d, s in zip(PURPOSES, places, seeds, strict=True)}
+
+
 NOT_COMPARED = {"updates", "horizon", "checkpoint", "checkpoint_every", "log", "progress", "channels_last", "compile",
                 "sub_batch", "alarm"}  # may change between stop and resume; horizon: see below  # fmt: skip
 WATCHED = 20  # updates over which the alarm of `training.check` averages
@@ -26,22 +40,12 @@ def previous(checkpoint: str | Path) -> Path:
 
 
 class State:
-    """All that a resumed run needs besides θ: Adam's moments, the average of θ, four generators, the alarm's window,
-    two counters.
-
-    Three generators draw on the model's device: K·m images of noise an update, drawn on the CPU, would take longer than
-    a GPU's chain does (benchmarks/scale.py), and a run could not be repeated to the bit on another device anyway.
-    """
+    """All that a resumed run needs besides θ: Adam's moments, the average of θ, the alarm's window, two counters."""
 
     def __init__(self, model: ShortRun, config, images: Tensor):
         self.model, self.config, self.step, self.seconds = model, config, 0, 0.0
         self.theta = dict(model.f.named_parameters())
         self.adam = torch.optim.Adam(self.theta.values(), lr=config.rate, betas=config.betas)
-        devices = ["cpu", *[model.device] * 3]  # the images stay in the host's memory
-        self.generators = {
-            p: Generator(d).manual_seed(4 * config.seed + i)
-            for i, (p, d) in enumerate(zip(PURPOSES, devices, strict=True))
-        }
         self.ratios = deque(maxlen=WATCHED)  # of the chains' path to the way they had to go
         self.average = {k: p.detach().clone() for k, p in self.theta.items()} if config.average else {}
         self.owns_checkpoint = False  # until restored or saved: the files of that name may be another run's
@@ -58,7 +62,7 @@ class State:
             average.lerp_(self.theta[k], 1 - decay)
 
     def save(self, path: Path, record: Record) -> None:
-        extra = {f"generator.{k}": g.get_state() for k, g in self.generators.items()}
+        extra = {}
         for i, moments in self.adam.state_dict()["state"].items():
             extra |= {f"adam.{i}.{k}": v for k, v in moments.items()}
         theta = {k: p.detach().clone() for k, p in self.theta.items()}
@@ -96,7 +100,7 @@ class State:
             remedy = f"go on from {older} under another name" if older.exists() else "pass resume=False"
             raise ValueError(f"{error}; {remedy}") from error
         stored = meta["training"].get("config")
-        if stored is None or "generator.data" not in tensors:
+        if stored is None or not any(k.startswith("adam.") for k in tensors):
             raise ValueError(f"{path} is a model without a trainer's state; load it with ShortRun.load and train that")
         defaults = {f.name: f.default for f in fields(self.config)}  # older checkpoints lack newer settings
         for name, here in self.settings.items():
@@ -122,8 +126,6 @@ class State:
             layout = self.adam.param_groups[0]["params"][int(i)] if tensors[name].ndim else tensors[name]
             moments.setdefault(int(i), {})[key] = torch.empty_like(layout).copy_(tensors[name])  # channels_last again
         self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
-        for purpose, g in self.generators.items():
-            g.set_state(tensors[f"generator.{purpose}"])
         self.model.training, self.owns_checkpoint = meta["training"], True
         self.step, self.seconds = meta["training"]["last"]["step"], meta["training"]["last"]["seconds"]
         self.ratios.extend(meta["training"].get("ratios", []))  # older checkpoints lack them

@@ -29,7 +29,8 @@ class TrainConfig:
         checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end, with the full state.
         log: a .csv file, or a folder for TensorBoard.
         progress: show a progress bar.
-        precision: "float32", or on GPUs "tf32" or "bf16" for f and its gradient; the chain's update stays float32.
+        precision: of the chain's f and f': "float32", "bf16" (a bfloat16 copy of f; eq. (6) and the chain's update stay
+            float32), on GPUs "tf32", or "auto": "bf16" where the device has instructions for it, else "float32".
             Of learning only: what is sampled later follows torch's flags, by default TF32 in a GPU's convolutions
             (`with devices.arithmetic("float32", model.device)` for float32).
         channels_last: the memory layout of f, faster on CPUs and tensor cores; False for the other one.

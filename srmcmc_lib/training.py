@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 
 from .checkpoint import check_writable
 from .data import check_images, to_float
-from .devices import arithmetic, at_once, check_same, prepared, ranks, same_start, share, summed
+from .devices import (
+    arithmetic, at_once, chain_copy, check_same, keep_pages, ranks, refresh, resolved, same_start, share, summed,
+)  # fmt: skip
 from .energy import check_scalable, scale
 from .langevin import langevin_chain
 from .priors import Gaussian
 from .records import Record, open_log
-from .resuming import WATCHED, State, previous
+from .resuming import WATCHED, State, fresh, previous
 from .settings import TrainConfig
 from .shortrun import ShortRun
 
@@ -68,7 +70,10 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
 
 def _updates(images: Tensor, state: State) -> Iterator[Record]:
     model, config, main = state.model, state.config, ranks().is_main_process
-    f = prepared(model.f, config.precision, config.compile)
+    keep_pages()
+    precision = resolved(config.precision, model.device)
+    f = torch.compile(model.f, dynamic=False) if config.compile else model.f
+    climbed = chain_copy(f, precision)
     mine = share(config.batch_size)
     n, sentence = at_once(model.f, model.shape, config.sub_batch or mine.stop - mine.start, model.device)
     write = open_log(config.log, state.step) if config.log and main else None
@@ -82,8 +87,9 @@ def _updates(images: Tensor, state: State) -> Iterator[Record]:
             rate = config.scheduled(config.rate, config.rate_final, state.step)
             sigma = config.scheduled(config.sigma, config.sigma_final, state.step)
             started = time.perf_counter()
-            with arithmetic(config.precision, model.device):
-                d, grad_norm, way, n = update(state, f, images, sigma, rate, n)
+            refresh(climbed, f)
+            with arithmetic(precision, model.device):
+                d, grad_norm, way, n = update(state, f, climbed, images, sigma, rate, n)
             state.ratios.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
             check(d, grad_norm, state, rate, sigma)
             if config.path and grad_norm > 0:  # f = 0, where LinearEnergy starts, has no path
@@ -134,24 +140,21 @@ def check(d: float, grad_norm: float, state: State, rate: float, sigma: float) -
     )
 
 
-def update(state: State, f: nn.Module, images: Tensor, sigma: float, rate: float, n: int) -> tuple:
+def update(state: State, f: nn.Module, climbed: nn.Module, images: Tensor, sigma: float, rate: float, n: int) -> tuple:
     """One pass of Algorithm 1's loop, n chains at once: returns d and grad_norm as in Record, mean ‖x⁺ − z‖, and n.
 
     Where n is too much for the memory, the same update is tried again with half as many, which is then returned.
     """
-    before = {p: g.get_state() for p, g in state.generators.items()}
     while True:
         state.adam.zero_grad()
         try:
-            seen = gradients(state, f, images, sigma, n)
+            seen = gradients(state, f, climbed, images, sigma, n)
             break
         except torch.OutOfMemoryError:
             if n == 1:
                 raise
         n = (n + 1) // 2  # outside of `except`, which still holds the tensors of the attempt
         warnings.warn(f"{state.model.device} is out of memory: {n} images at once from now on", stacklevel=2)
-        for p, g in state.generators.items():
-            g.set_state(before[p])
 
     θ = [p for p in state.model.f.parameters() if p.grad is not None]
     seen, *grads = summed([seen, *[p.grad for p in θ]])
@@ -163,12 +166,13 @@ def update(state: State, f: nn.Module, images: Tensor, sigma: float, rate: float
     return *seen.tolist(), n
 
 
-def gradients(state: State, f: nn.Module, images: Tensor, sigma: float, n: int) -> Tensor:
+def gradients(state: State, f: nn.Module, climbed: nn.Module, images: Tensor, sigma: float, n: int) -> Tensor:
     """The loop's lines 1 to 4 for this rank's share: adds its part of −∂d/∂θ to .grad; its part of (d, grad_norm, way).
 
     Every rank draws the whole batch's randomness, so a share does not depend on how many ranks there are.
     """
-    model, g, m = state.model, state.generators, state.config.batch_size
+    model, m = state.model, state.config.batch_size
+    g = fresh(state.config.seed, state.step, model.device)
     device, mine, shape = model.device, share(m), (m, *model.shape)
     x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"])[mine].to(images.device)].to(device))
     z = model.prior.draw(shape, g["z"])[mine].to(device)
@@ -179,7 +183,7 @@ def gradients(state: State, f: nn.Module, images: Tensor, sigma: float, n: int) 
         part = slice(start, start + n)
         U = (NOISE.draw(shape, g["u"])[mine][part].to(device) for _ in range(model.kernel.steps))
         norms, x_part = [], x_plus[part]
-        for x_minus, df_dx in langevin_chain(f, z[part], model.kernel, U):
+        for x_minus, df_dx in langevin_chain(climbed, z[part], model.kernel, U):
             norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
         f_plus, f_minus = f(torch.cat([x_part, x_minus])).split(len(x_part))  # one forward pass for both
         d, weight = f_plus.mean() - f_minus.mean(), len(x_part) / m
