@@ -1,11 +1,12 @@
 """Checkpoint files: one safetensors file with weights and, as JSON metadata, all that is needed to sample again."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,49 +14,63 @@ from torch import Tensor
 
 from . import paths
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT = 1  # of the metadata
-NEEDED = {"network", "kernel", "prior", "value_range", "dataset", "training"}
+SCHEMA = {"network": dict, "kernel": dict, "prior": dict, "dataset": str, "training": dict}
 
 
 def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
     """Writes aside and renames, so that an interrupted save leaves the old file; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, "library": installed("srmcmc"), **meta}
-    aside = path.with_name(path.name + ".part")
+    meta = plain({"format": FORMAT, "library": installed("srmcmc"), **meta})
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    save_file(tensors, aside, {"srmcmc": json.dumps(meta)})
-    aside.chmod(0o644)  # save_file's own 0600 would hide it from everybody else on a cluster
-    aside.replace(path)
+    with aside(path) as part:
+        save_file(tensors, part, {"srmcmc": json.dumps(meta)})
     return path
 
 
-def check_writable(path: str | Path) -> None:
-    """OSError where `path` could not be written; makes its folder."""
-    folder = Path(path).parent
+def plain(meta: dict) -> dict:
+    """The same as JSON values: tuples become lists, NumPy's numbers Python's."""
+    return json.loads(json.dumps(meta, default=lambda value: value.item()))
+
+
+def copy(source: str | Path, target: str | Path) -> None:
+    """Copies aside and renames, so that a killed run leaves no half file."""
+    with aside(Path(target)) as part:
+        shutil.copyfile(source, part)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` to write to, which becomes `path` at the end and goes away after an error.
+
+    Raises:
+        OSError: the writing failed (a full disk, say); it names the file and says whether an old one stands.
+    """
+    part = path.with_name(path.name + ".part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"checkpoint {path} cannot be written ({error}): give a file in a folder that can") from error
+        yield part
+        part.chmod(0o644)  # save_file's own 0600 would hide it from everybody else on a cluster
+        part.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeErrors
+        old = "the last good one stands" if path.exists() else "there is no older one"
+        raise OSError(f"{path} could not be written ({error}); {old}: free disk space or give another path") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def find(source: str | Path, suffix: str = ".safetensors") -> Path:
-    """The file of a checkpoint, or with ".yaml" of a recipe: `source` itself, or a shipped one of that name."""
+    """The file of a model: `source` itself, or the shipped one of that name; FileNotFoundError lists those."""
     for path in (Path(source), paths.PRETRAINED / f"{source}{suffix}"):
         if path.is_file():
             return path
     shipped = sorted(p.stem for p in paths.PRETRAINED.glob(f"*{suffix}") if not p.stem.endswith("_classifier"))
-    what = "recipe" if suffix == ".yaml" else "checkpoint"
-    raise FileNotFoundError(f"no {what} {str(source)!r}: there are {shipped}, or give the path of a {suffix} file")
-
-
-def copy(source: str | Path, target: Path) -> None:
-    """Copies aside and renames, so that a run killed meanwhile leaves no half file."""
-    aside = target.with_suffix(".part")
-    shutil.copyfile(source, aside)
-    aside.replace(target)
+    raise FileNotFoundError(f"no checkpoint {str(source)!r}: there are {shipped}, or give the path of a {suffix} file")
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -64,29 +79,44 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["srmcmc"])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        if not isinstance(meta, dict):
-            raise ValueError("its metadata are no record")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a ShortRun checkpoint ({type(error).__name__}: {error})") from error
-    if meta.get("format") != FORMAT:
+    if isinstance(meta, dict) and meta.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {meta.get('format')}; this library reads {FORMAT}: update it")
-    if missing := NEEDED - meta.keys():
-        raise ValueError(f"{path} is damaged: its metadata lack {', '.join(sorted(missing))}")
+    if not isinstance(meta, dict) or any(not isinstance(meta.get(k), kind) for k, kind in SCHEMA.items()):
+        raise ValueError(f"{path} is damaged: its metadata must have {', '.join(SCHEMA)}; take another copy of it")
     return meta, tensors
 
 
-def rebuilt(path: Path, config: dict, classes: dict[str, type]):
-    """The object that a checkpoint's metadata describe, every argument given; ValueError where they are damaged."""
-    arguments = dict(config)
-    try:
-        made = classes[arguments.pop("class")]
-        wanted = {p.name for p in signature(made).parameters.values()}
-        if arguments.keys() != wanted:
-            raise ValueError(f"it needs {sorted(wanted)} and has {sorted(arguments)}")
-        return made(**arguments)
-    except (KeyError, TypeError, ValueError) as error:
-        what = " or ".join(classes)
-        raise ValueError(f"{path} is damaged: its metadata {config} describe no {what} ({error})") from error
+class Lock:
+    """Keeps other processes from a file as long as it lives. The system takes away the lock of a killed process."""
+
+    def __init__(self, path: Path):
+        self.path = path.with_name(f".{path.name}.lock")
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another process is training to {path}: wait for it, or give another name") from error
+
+    def __del__(self):
+        os.close(self.file)
+
+
+def claim(config) -> list[Lock]:
+    """Makes the folders of config's checkpoint and log, and locks both for this process, as long as the result lives.
+
+    Raises ValueError for a wrong suffix, a folder, another program's .csv file, and if another process trains to it.
+    """
+    named = [(Path(p), suffix) for p, suffix in ((config.checkpoint, ".safetensors"), (config.log, ".csv")) if p]
+    for path, suffix in named:
+        other = suffix == ".csv" and path.is_file() and path.read_bytes()[:7] not in (b"", b"step,d,")
+        if path.suffix != suffix or path.is_dir() or other:
+            raise ValueError(f"{path} is not a {suffix} file that train may write to: give another name")
+    for path, _ in named:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return [Lock(path) for path, _ in named]
 
 
 def installed(package: str) -> str:

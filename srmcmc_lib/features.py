@@ -1,108 +1,107 @@
-"""Fixed features h(x) of a pretrained ConvNet: frozen, in eval mode, gradients with respect to x only."""
+"""Fixed features h(x) from a ConvNet classifier of Fashion-MNIST, and the linear energy f_θ(x) = <θ, h(x)>."""
+
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import get_model, get_model_weights
-from torchvision.models.feature_extraction import create_feature_extractor
 
-from .checks import integer
-from .classifier import NAME, Classifier, load_classifier
+from . import paths
 from .data import to_float
+from .langevin import integer
 
-# torchvision's networks, and the output of each stage, shallow to deep
-STAGES = {
-    "resnet18": ("relu", "layer1", "layer2", "layer3", "layer4"),
-    "vgg16": ("features.3", "features.8", "features.15", "features.22", "features.29"),
-}
+NAME = "fashion_mnist_classifier"
+
+
+class Classifier(nn.Module):
+    """x [B, 1, 32, 32] in [-1, 1] → logits [B, 10]: convolutions, batch normalisation and ReLU, averaged over space."""
+
+    channels, image_size, classes = 1, 32, 10
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.Sequential()
+        for a, b, stride in ((1, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)):  # maps of 32, 16, 8 and 8 pixels
+            self.stages.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()))
+        self.linear = nn.Linear(128, self.classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.stages(x).mean((2, 3)))
+
+
+def load_classifier(source: str | Path = NAME) -> Classifier:
+    """The shipped classifier or one from a .safetensors file, frozen, in eval mode; ValueError if that is damaged."""
+    path = Path(source) if Path(source).suffix else paths.PRETRAINED / f"{source}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no classifier at {path}; workflow/scripts/train_classifier.py trains one in minutes")
+    model = Classifier()
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch have no common error
+        raise ValueError(f"{path} is damaged or not a classifier ({error}); train it again") from error
+    return model.eval().requires_grad_(False)
 
 
 class Features(nn.Module):
-    """h(x): float images [B, C, H, W] in [-1, 1] → [B, d], the filter responses of one layer, averaged over space.
+    """h(x): float images [B, C, H, W] in [-1, 1] → [B, d]: frozen `responses` [B, d, H', W'] averaged over space."""
 
-    Attributes:
-        channels, image_size: of the images it takes; None where any will do.
-        size: d.
-    """
-
-    def __init__(self, responses: nn.Module, channels: int | None, image_size: int | None, pool: int = 1):
+    def __init__(self, responses: nn.Module, channels: int, image_size: int):
         super().__init__()
         self.responses = responses.eval().requires_grad_(False)
-        self.channels, self.image_size, self.pool = channels, image_size, pool
-        with torch.no_grad():
-            self.size = self(torch.zeros(1, channels or 1, image_size or 32, image_size or 32)).shape[1]
-
-    @property
-    def num_features(self) -> int:
-        """The name by which torchmetrics asks for d."""
-        return self.size
-
-    def train(self, mode: bool = True) -> "Features":
-        """Stays in eval mode, whatever module it becomes part of."""
-        return super().train(False)
+        self.channels, self.image_size = channels, image_size
+        self.size = self(torch.zeros(1, channels, image_size, image_size)).shape[1]  # d
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(f"h takes float images [B, C, H, W] in [-1, 1], got {x.dtype} {list(x.shape)}")
-        if self.image_size and tuple(x.shape[1:]) != (self.channels, self.image_size, self.image_size):
-            size = f"{self.channels}, {self.image_size}, {self.image_size}"
-            raise ValueError(f"h takes images of shape [B, {size}], got {list(x.shape)}")
-        return F.adaptive_avg_pool2d(self.responses(x), self.pool).flatten(1)
+        if (shape := [self.channels, self.image_size, self.image_size]) != [*x.shape[1:]]:
+            raise ValueError(f"h takes images of shape [B, {str(shape)[1:]}, got {[*x.shape]}")
+        return self.responses(x).mean((2, 3))
 
 
-class _ImageNetMaps(nn.Module):
-    """A torchvision network's stage, fed as it was trained: three channels, ImageNet's mean and deviation."""
-
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def __init__(self, name: str, layer: int, weights):
-        super().__init__()
-        stage = STAGES[name][layer - 1]
-        self.extract = create_feature_extractor(get_model(name, weights=weights).eval(), {stage: "maps"})
-        self.register_buffer("shift", torch.tensor(self.mean).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor(self.std).view(3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = ((x + 1) / 2).expand(-1, 3, -1, -1)
-        return self.extract((x - self.shift) / self.scale)["maps"]
-
-
-def features(source: str = NAME, layer: int | None = None, pool: int = 1, weights: str | None = "DEFAULT") -> Features:
-    """h(x) from the shipped Fashion-MNIST classifier (offline), or from torchvision's ResNet-18 or VGG-16.
-
-    Args:
-        source: "fashion_mnist_classifier" or a classifier's .safetensors file (d = 32, 64, 128, 128 at layers 1 … 4);
-            "resnet18" or "vgg16" (their weights are fetched on first use).
-        layer: counted from 1, shallow to deep; None is the deepest.
-        pool: responses are averaged over pool × pool cells, which multiplies d by pool².
-        weights: "DEFAULT", or None for random ones.
-
-    Raises:
-        ValueError: a layer or pool out of range.
-        FileNotFoundError: weights that are not here and cannot be fetched.
-    """
-    depth = len(STAGES.get(source, range(4)))
-    layer = depth if layer is None else layer
-    for name, value, high in (("layer", layer, depth), ("pool", pool, 32)):
-        integer(name, value, 1, high)
-    if source not in STAGES:
-        model = load_classifier(source) if weights else Classifier().eval().requires_grad_(False)
-        fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.stages[:layer])
-        return Features(nn.Sequential(*fused), model.channels, model.image_size, pool)  # 0.8 of the time, measured
-    try:
-        responses = _ImageNetMaps(source, layer, weights)
-    except OSError as error:  # urllib's errors are OSErrors
-        url = get_model_weights(source).DEFAULT.url
-        raise FileNotFoundError(
-            f"the weights of {source} could not be fetched ({error}): put {url} in {torch.hub.get_dir()}/checkpoints, "
-            f"or take {NAME!r}, which is shipped"
-        ) from error
-    return Features(responses, None, None, pool)
+def load_features(layer: int | None = None, source: str | Path | Classifier = NAME) -> Features:
+    """h(x) of one layer, 1 … 4 (d = 32, 64, 128, 128; None is the deepest), of a classifier, its file or its name."""
+    model = source if isinstance(source, Classifier) else load_classifier(source)
+    layer = len(model.stages) if layer is None else integer("layer", layer, 1, len(model.stages))
+    # batch normalisation becomes part of the convolution: 0.8 of the time
+    fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.eval().stages[:layer])
+    return Features(nn.Sequential(*fused), model.channels, model.image_size)
 
 
 @torch.no_grad()
-def responses(h: Features, x: Tensor, batch_size: int = 250) -> Tensor:
+def responses(h: nn.Module, x: Tensor, batch_size: int = 250) -> Tensor:
     """h of n images, [n, d]; x is uint8, or float in [-1, 1], [n, C, H, W]."""
-    device = next(h.parameters()).device
-    return torch.cat([h(part if part.is_floating_point() else to_float(part, device)) for part in x.split(batch_size)])
+    device, convert = next(h.parameters()).device, Tensor.to if x.is_floating_point() else to_float
+    return torch.cat([h(convert(part, device)) for part in x.split(batch_size)])
+
+
+class LinearEnergy(nn.Module):
+    """f_θ(x) = <θ, h(x)> with fixed features h, [B, C, H, W] → [B]: the case that the paper's theory speaks of.
+
+    Only θ [d] is learned, from θ = 0; ∂f/∂θ = h(x). `layer` and `source` are load_features'; C = channels and
+    H = W = image_size must be the classifier's (else ValueError). A checkpoint holds h's weights beside θ, lest it
+    change when the classifier is trained again; to fill from one, trained=False leaves them random.
+    """
+
+    piecewise_linear = True  # convolutions and ReLUs
+
+    def __init__(self, channels=1, image_size=32, layer: int | None = None, source: str = NAME, trained: bool = True):
+        super().__init__()
+        self.h = load_features(layer, source if trained else Classifier())
+        self.channels, self.image_size = self.h.channels, self.h.image_size
+        self.layer, self.source = layer if layer is None else int(layer), str(source)
+        if (got := (channels, image_size)) != (want := (self.channels, self.image_size)):
+            raise ValueError(f"{source} takes images of (channels, image_size) = {want}, got {got}")
+        self.inner = nn.Linear(self.h.size, 1, bias=False)  # <θ, ·>
+        nn.init.zeros_(self.inner.weight)
+
+    @property
+    def config(self) -> dict:  # the constructor's arguments, for a checkpoint
+        return {k: getattr(self, k) for k in ("channels", "image_size", "layer", "source")}
+
+    @property
+    def theta(self) -> Tensor:  # [d]
+        return self.inner.weight[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.h(x))[:, 0]

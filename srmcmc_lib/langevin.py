@@ -1,30 +1,29 @@
-"""The K-step Langevin chain of eq. (4): its constants in one frozen dataclass, and the chain as a generator."""
+"""The K-step Langevin chain of eq. (4): its constants, one step, and the chain as a generator."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
-
-from .checks import integer
 
 
 @dataclass(frozen=True)
 class Langevin:
     """Constants of the short-run kernel: x ← x + s·f'(x) + ε·U, U ~ N(0, I), repeated K times.
 
-    Two conventions describe the same update. Both are tempered: the chain that would converge, did it run for ever
-    with small steps, would have the law exp(f/T) (where that can be normalised).
+    Two conventions describe the same update. Both are tempered: run for ever with small steps, the chain would have
+    the distribution exp(f/T), where that can be normalised.
 
     | | drift coefficient | noise std | temperature T |
     |---|---|---|---|
     | authors' code (ours) | s = `step_size` | ε = `noise` | ε² / (2 s) |
     | eq. (4) for f/T | Δτ / (2 T) | √Δτ | T |
 
-    The authors' s = 1, ε = 0.01 is therefore eq. (4) with Δτ = 10⁻⁴ and T = 5·10⁻⁵: Δτ is small and f/T as much
+    The authors' s = 1, ε = 0.01 is therefore eq. (4) with Δτ = 10⁻⁴ and T = 5·10⁻⁵: Δτ is small, and f/T is as much
     steeper than f, so that the drift Δτ/2 · f'/T is f' itself.
+
+    A kernel of your own is a dataclass with `steps`, `step_size` and `step`.
 
     Attributes:
         steps: K ≥ 1, the same in training and in evaluation (paper: 100).
@@ -40,11 +39,16 @@ class Langevin:
     noise: float = 0.01
 
     def __post_init__(self):
-        integer("steps (K)", self.steps)
-        if not 0 < self.step_size < float("inf"):
-            raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}")
-        if not 0 <= self.noise < float("inf"):
-            raise ValueError(f"noise must be at least 0 and finite, got {self.noise!r}")
+        checked = integer("steps (K)", self.steps), float(self.step_size), float(self.noise)  # NumPy's numbers as well
+        for name, value in zip(("steps", "step_size", "noise"), checked, strict=True):
+            object.__setattr__(self, name, value)
+        if not 0 < self.step_size < float("inf") or not 0 <= self.noise < float("inf"):
+            got = f"{self.step_size!r} and {self.noise!r}"
+            raise ValueError(f"step_size must be positive, noise at least 0, both finite; got {got}")
+
+    def step(self, x: Tensor, gradient: Tensor, u: Tensor | float) -> Tensor:
+        """Eq. (4), one step from x with f'(x) and u ~ N(0, I), all [B, …]; u = 0 is the noise-free step."""
+        return x + self.step_size * gradient + self.noise * u
 
     @property
     def temperature(self) -> float:
@@ -58,72 +62,55 @@ class Langevin:
 
     @classmethod
     def from_delta_tau(cls, steps: int, delta_tau: float, temperature: float = 1.0) -> "Langevin":
-        """The kernel that eq. (4) writes as x + Δτ/2 · f'/T + √Δτ·U.
-
-        Args:
-            steps: K ≥ 1.
-            delta_tau: Δτ > 0.
-            temperature: T > 0; 1 samples toward exp f.
-        """
+        """The kernel that eq. (4) writes as x + Δτ/2 · f'/T + √Δτ·U, Δτ and T > 0; T = 1 samples toward exp f."""
         if not delta_tau > 0 or not temperature > 0:
             raise ValueError(f"delta_tau and temperature must be positive, got {delta_tau!r} and {temperature!r}")
         return cls(steps, step_size=delta_tau / (2 * temperature), noise=delta_tau**0.5)
 
 
-class ChainState(NamedTuple):
-    """One state of the chain: x [B, C, H, W], and the gradient ∂f/∂x of the step that led to it (None at k = 0)."""
-
-    x: Tensor
-    gradient: Tensor | None
-
-
-@contextmanager
-def frozen(f: Callable) -> Iterator[None]:
-    """Stops f's parameters from collecting gradients inside the block; restores each flag, also after an exception."""
-    parameters = [p for p in f.parameters() if p.requires_grad] if isinstance(f, nn.Module) else []
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f'(x) = ∂f/∂x for each image, [B, …] → [B, …]: f.gradient(x) where f has one, else automatic differentiation.
-
-    It keeps no graph and leaves f's parameters as they were.
-    """
-    if hasattr(f, "gradient"):
+    """f'(x) = ∂f/∂x of each image, [B, …] → [B, …]: f.gradient(x) where f has one, else automatic differentiation."""
+    if getattr(f, "gradient", None):
         return f.gradient(x)
-    with frozen(f), torch.enable_grad():
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = f(x.to(next(f.parameters(), x).dtype) if isinstance(f, nn.Module) else x)  # a bfloat16 copy takes bfloat16
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"f must map [B, …] to one number an image, [{len(x)}]; it returned {list(y.shape)}")
-        return torch.autograd.grad(y.sum(), x)[0]  # images are independent, so the sum's gradient is each one's own
+        y = value(f, x)
+        if not isinstance(y, Tensor) or y.shape != x.shape[:1] or not y.requires_grad:
+            got = f"{list(y.shape)}, requires_grad={y.requires_grad}" if isinstance(y, Tensor) else repr(y)
+            raise ValueError(f"f must map {len(x)} images to one differentiable number each, [{len(x)}]; got {got}")
+        (slope,) = torch.autograd.grad(y.sum(), x, allow_unused=True)  # images are independent of each other
+    if slope is None:
+        raise ValueError("f(x) does not depend on x: f must be a differentiable function of the images")
+    return slope
 
 
-def langevin_chain(f, x: Tensor, kernel: Langevin, U: Iterable[Tensor] | None = None) -> Iterator[ChainState]:
-    """Implements eq. (4), K steps: yields K + 1 states, the first of them x itself.
+def value(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), x in the type of f's parameters: the chain's state is float32 where f is a bfloat16 copy."""
+    return f(x.to(next(f.parameters(), x).dtype) if isinstance(f, nn.Module) else x)
 
-    The parameters of f are frozen only while a step is computed, so a consumer may stop early or train in between.
+
+def chain(f, z: Tensor, kernel: Langevin, U: Iterable[Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Eq. (4), K steps from z: yields the K pairs (x_k, f'(x_{k-1})), k = 1 … K.
 
     Args:
         f: the negative energy, [B, …] → [B].
-        x: the initial state z ~ p_0, [B, …], not modified.
+        z: the initial state x_0 ~ p_0, [B, …], not modified.
         kernel: K, s and ε.
-        U: K tensors of N(0, I), each broadcastable to x; None runs the noise-free chain (U = 0).
+        U: K tensors of N(0, I), each broadcastable to z; None runs the noise-free chain (u = 0).
     """
-    s, ε = kernel.step_size, kernel.noise
-    x = x.detach()
-    yield ChainState(x, None)
-    U = iter(U) if U is not None else None
+    x, U = z.detach(), iter(U) if U is not None else None
     for k in range(kernel.steps):
-        df_dx = gradient(f, x)
+        slope = gradient(f, x)
         u = next(U, None) if U is not None else 0.0
         if u is None:
             raise ValueError(f"u ended after {k} of K = {kernel.steps} steps")
-        x = x + s * df_dx + ε * u
-        yield ChainState(x, df_dx)
+        x = kernel.step(x, slope, u)
+        yield x, slope
+
+
+def integer(name: str, value: int, low: int = 1, high: int | None = None) -> int:
+    """value as Python's int; ValueError where it is no integer (NumPy's are, a bool is not) or not in low … high."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"in {low} … {high}"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
+    return int(value)

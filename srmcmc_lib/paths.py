@@ -4,32 +4,26 @@ import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-EMBEDDED = PACKAGE / "embedded"
-PRETRAINED = PACKAGE / "pretrained"
+EMBEDDED, PRETRAINED = PACKAGE / "embedded", PACKAGE / "pretrained"
 
 
 def home() -> Path:
     """$SRMCMC_HOME, or the checkout this package runs from, or the working directory of an installed package."""
-    if "SRMCMC_HOME" in os.environ:
-        return Path(os.environ["SRMCMC_HOME"]).expanduser()
-    return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+    checkout = (PACKAGE.parent / "pyproject.toml").exists()
+    return Path(os.environ.get("SRMCMC_HOME", PACKAGE.parent if checkout else Path.cwd())).expanduser()
 
 
-def data() -> Path:
-    """Where users put data sets: $SRMCMC_DATA or home/data."""
-    return Path(os.environ["SRMCMC_DATA"]).expanduser() if "SRMCMC_DATA" in os.environ else home() / "data"
+def data() -> Path:  # where users put data sets
+    return Path(os.environ.get("SRMCMC_DATA", home() / "data")).expanduser()
 
 
-def cache() -> Path:
-    """Prepared image tensors; safe to delete."""
+def cache() -> Path:  # prepared image tensors; safe to delete
     return home() / ".cache"
 
 
-def checkpoints() -> Path:
-    """Models that you train."""
+def checkpoints() -> Path:  # models that you train
     return home() / "checkpoints"
 
 
-def figures() -> Path:
-    """Regenerated figures, one folder a notebook: $SRMCMC_FIGURES (the runner's aside folder) or home/figures."""
-    return Path(os.environ["SRMCMC_FIGURES"]).expanduser() if "SRMCMC_FIGURES" in os.environ else home() / "figures"
+def figures() -> Path:  # regenerated, one folder a notebook; $SRMCMC_FIGURES is the runner's aside folder
+    return Path(os.environ.get("SRMCMC_FIGURES", home() / "figures")).expanduser()

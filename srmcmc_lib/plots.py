@@ -1,4 +1,4 @@
-"""One function a figure: arrays in, matplotlib Figure out. The only module that imports pyplot."""
+"""Figures that two notebooks share: arrays in, matplotlib Figure out. The only module that imports matplotlib."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from .data import to_uint8
 
 
 def subplots(*args, **kwargs) -> tuple:
-    """plt.subplots, but forgotten by pyplot: else a notebook shows a figure once as a value and once more by itself."""
+    """plt.subplots, closed in pyplot at once; otherwise a notebook shows each figure twice."""
     figure, axes = plt.subplots(*args, **kwargs)
     plt.close(figure)
     return figure, axes
 
 
 def draw_grid(ax, images: Tensor, columns: int, padding: int = 1) -> None:
-    """Draws images [n, C, H, W] in [-1, 1] (floats, clipped as to_uint8 does) as a grid on ax."""
+    """Draws a grid of images on ax; float [n, C, H, W], values outside [-1, 1] are clipped."""
     grid = make_grid(to_uint8(images.detach().cpu()), columns, padding=padding, pad_value=255)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_axis_off()
@@ -49,13 +49,9 @@ def side_by_side(grids: dict[str, Tensor], columns: int = 8) -> Figure:
 def strips(
     rows: Sequence[Tensor] | dict[str, Tensor], labels: Sequence[str], title: str = "", split: int | None = None
 ) -> Figure:
-    """Rows of images under shared column labels: figure 1 (transition), 3 (interpolation), 4 (reconstruction).
+    """Rows of images, each float [columns, C, H, W], under shared column labels: the paper's figures 1, 3 and 4.
 
-    Args:
-        rows: each float [columns, C, H, W] in [-1, 1]; a dict's keys name them at the left.
-        labels: one a column.
-        title: above the figure.
-        split: draw a gap before this column, e.g. before the observed images.
+    The keys of a dict are printed at the left; there is a gap before column `split`.
     """
     names, rows = (list(rows), list(rows.values())) if isinstance(rows, dict) else ([], rows)
     n, margin = len(labels), 0.1 + 0.075 * max(map(len, names), default=0)  # inches, for the names
@@ -82,11 +78,9 @@ def strips(
 
 
 def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) -> Figure:
-    """d and K·‖∂f/∂x‖ against the update, each with its running mean; stages of one learning one after the other.
+    """d and K·‖∂f/∂x‖ against the update, with running means over `smooth` updates.
 
-    Args:
-        stages: (K, records) of each, the records those of `train`, or anything with step, d and grad_norm.
-        smooth: updates in the running mean, which starts anew with each stage.
+    `stages` holds (K, records of `train`) for each stage of a training run, drawn one after the other.
     """
     figure, (left, right) = subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     before = 0
@@ -110,54 +104,10 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     return figure
 
 
-def nearest(samples: Tensor, neighbours: Tensor, distances: Tensor) -> Figure:
-    """Samples [n, C, H, W] in the first row, the nearest training images of each [n, k, C, H, W] below it.
-
-    `distances` [n, k] is printed above each neighbour: the root mean squared difference per pixel, range 0 … 2.
-    """
-    n, k = distances.shape
-    figure, axes = subplots(k + 1, n, figsize=(0.8 * n, 0.98 * (k + 1)), layout="constrained", squeeze=False)
-    for j in range(n):
-        for i, image in enumerate([samples[j], *neighbours[j]]):
-            draw_grid(axes[i, j], image[None], 1, padding=0)
-            if i:
-                axes[i, j].set_title(f"{distances[j, i - 1]:.2f}", fontsize=7, pad=2)
-    axes[0, 0].set_title("samples", fontsize=8, loc="left")
-    return figure
-
-
-def distance_histogram(distances: dict[str, Tensor]) -> Figure:
-    """Distances to the nearest training image, by group: samples, held-out images, … (is it memorising?)."""
-    figure, ax = subplots(figsize=(5, 2.6), layout="constrained")
-    bins = np.linspace(0, float(max(values.max() for values in distances.values())), 40)
-    for name, values in distances.items():
-        ax.hist(values.cpu().numpy(), bins, alpha=0.6, density=True, label=name)
-    ax.set_xlabel("root mean squared difference to the nearest training image")
-    ax.set_ylabel("density")
-    ax.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def class_histogram(shares: dict[str, Tensor], names: Sequence[str]) -> Figure:
-    """The share of each class [classes] by group, as bars side by side; 3 % is dotted."""
-    figure, ax = subplots(figsize=(7, 2.4), layout="constrained")
-    width = 0.8 / len(shares)
-    for i, (group, share) in enumerate(shares.items()):
-        ax.bar(np.arange(len(names)) + (i - (len(shares) - 1) / 2) * width, share.cpu().numpy(), width, label=group)
-    ax.axhline(0.03, color="grey", linestyle=":", linewidth=1)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    ax.set_ylabel("share")
-    ax.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, log: bool = True) -> Figure:
-    """Medians over images with the middle 80 % shaded and the worst one dotted, by label.
+    """A curve for each label: the median over images, the middle 80 % shaded, the largest value dotted.
 
-    Args:
-        curves: (x, values): where, [n], and one column an image, [n, B]; arrays or tensors.
-        xlabel, ylabel: of the axes.
-        log: a logarithmic y axis.
+    `curves` holds (x [n], values [n, B]) by label, a column for each image; arrays or tensors.
     """
     figure, ax = subplots(figsize=(6.5, 3.4), layout="constrained")
     for i, (label, (x, values)) in enumerate(curves.items()):
@@ -171,24 +121,43 @@ def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
     return figure
 
 
-def mixings(pixels: dict[str, np.ndarray], rhos: np.ndarray, deviations: dict[str, np.ndarray]) -> Figure:
-    """Left the law of one pixel of z_ρ by label, right the standard deviation of z_ρ against ρ [R] by label."""
-    figure, (left, right) = subplots(1, 2, figsize=(9, 3), layout="constrained")
-    bins = np.linspace(-1.5, 1.5, 61)
-    dashes = ["-", "-", "-", "--"]  # the paper's rule and the spherical one lie on each other
-    for i, (label, values) in enumerate(pixels.items()):
-        left.hist(values, bins, density=True, histtype="step", lw=1.5, color=f"C{i}", ls=dashes[i % 4], label=label)
-    for label, values in deviations.items():
-        i = list(pixels).index(label)
-        right.plot(rhos, values, color=f"C{i}", lw=1.5, ls=dashes[i % 4], label=label)
-    left.set(xlabel="a pixel of z", ylabel="density", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8)
-    right.set(xlabel="ρ", ylabel="standard deviation", ylim=(0, None))
+def omega_theta(steps: int, path: np.ndarray, onward: np.ndarray, data: np.ndarray, others: dict) -> Figure:
+    """The poster's figure 1 in coordinates where √KL(q‖p_MLE) is the distance from the origin: Θ lies, Ω stands.
+
+    `path` holds the positions of the chain's distributions from p_0 to q_θ, [K + 1, 2], `onward` those from q_θ to p_θ,
+    [k, 2], `data` the data's, [2]. `others` holds q_θ (a small dot on Ω) and p_θ (on Θ), [2, 2], by K.
+    """
+    figure, ax = subplots(figsize=(9, 3.8), layout="constrained")
+    ax.axhline(0, color="C0", lw=2.5, zorder=1)
+    ax.axvline(0, color="k", lw=2.5, zorder=1)
+    for k, (q, p) in others.items():
+        ax.plot(*q, "o", color="C3", ms=5, mec="w", mew=0.6)
+        ax.plot(*p, "o", color="C3", ms=5, mfc="w", mew=0.9)
+        if k != steps:
+            ax.annotate(f"K = {k}", q, (-8, 0), "data", "offset points", ha="right", va="center", fontsize=7)
+    ax.plot(*path.T, ".-", color="C3", ms=4, lw=1.2)
+    ax.plot(*onward.T, ":", color="C3", lw=1.6)
+    for at, edge, face, offset, text in [
+        (path[0], "C0", "w", (0, -20), "$p_0$"),
+        (data, "k", "k", (-30, 8), "data"),
+        (path[-1], "C3", "C3", (14, 8), rf"$q_{{\theta}}$ after K = {steps} steps (MME)"),
+        (onward[-1], "C3", "w", (0, -20), r"$p_{\theta}$: the chain run on"),
+        (np.zeros(2), "C2", "C2", (-30, -20), "MLE"),
+    ]:
+        ax.plot(*at, "o", ms=10, mec=edge, mfc=face, mew=2, zorder=3)
+        ha = "left" if offset[0] > 0 else "center"
+        ax.annotate(text, at, offset, "data", "offset points", ha=ha, fontsize=10, color=edge)
+    ax.margins(0.09, 0.2)
+    ax.annotate(r"Θ: all $p_{\theta}$", path[0] / 2, (0, -16), "data", "offset points", color="C0", fontsize=11)
+    above = {"xycoords": ax.get_xaxis_transform(), "ha": "center", "fontsize": 11}
+    ax.annotate("Ω: all laws with the data's moments", (0, 1.02), **above)
+    ax.set(xlabel="± √KL(projection on Θ ‖ MLE): how far the moments are off", ylabel="√KL(q ‖ projection on Θ)")
+    ax.set_aspect("equal")
     return figure
 
 
 def save(figure: Figure, notebook: str, name: str) -> Figure:
-    """Writes figures/<notebook>/<name>.png and .pdf (no dates, so bytes repeat); returns the figure, to be shown."""
+    """Writes figures/NOTEBOOK/NAME.png and .pdf (without dates, so the bytes repeat); returns the figure to show it."""
     folder = paths.figures() / notebook
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})

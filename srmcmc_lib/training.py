@@ -1,193 +1,207 @@
-"""Algorithm 1: learning the short-run chain, as an iterator over explicit records."""
+"""Algorithm 1: training the short-run chain, as an iterator over explicit records."""
 
 import math
 import time
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import check_writable
+from .checkpoint import claim
 from .data import check_images, to_float
-from .devices import (
-    arithmetic, at_once, chain_copy, check_same, keep_pages, ranks, refresh, resolved, same_start, share, summed,
-)  # fmt: skip
-from .energy import check_scalable, scale
-from .langevin import langevin_chain
-from .priors import Gaussian
-from .records import Record, open_log
-from .resuming import WATCHED, State, fresh, previous
-from .settings import TrainConfig
+from .devices import arithmetic, chain_copy, keep_pages, ranks, refresh, resolved, same_everywhere, share, summed
+from .energy import rescale
+from .langevin import chain, gradient, integer
+from .noise import Gaussian, fresh
+from .progress import Progress, Record, open_log, previous
 from .shortrun import ShortRun
 
-NOISE = Gaussian()  # N(0, I), drawn on the generator's device
-PULL = 0.1  # the share of log(path / ratio) by which f is scaled at each update
+NORMAL = Gaussian()  # N(0, I)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of Algorithm 1. The defaults for rate, σ and m are those of the authors' public code.
+
+    Attributes:
+        updates: T, the number of updates in all, those before a resume included.
+        batch_size: m, observed and synthesised images per update.
+        rate: η, Adam's learning rate.
+        sigma: σ of the noise added to observed images: the smaller the better while training is stable; σ ≥ 2 ε.
+        rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
+        lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice).
+        horizon: the updates over which the schedules stretch; None: `updates`. A shorter run can be prolonged later.
+        average: decay of a running average of θ, which checkpoints hold and the run ends with; 0: none (the paper).
+        seed: of all random numbers: which images, their noise, z, u.
+        checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end; NAME.resume.pt beside
+            it has what a stopped run needs to go on.
+        log: a .csv file, one row an update.
+        progress: show a progress bar.
+        precision: of f in the chain: "float32", "bf16" (of a copy; the rest stays float32), "tf32" on GPUs, or "auto":
+            "bf16" where the device has instructions for it, else "float32".
+        alarm: stop when the chains travel this many times as far as they need to, see `alarm`; None: never.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    updates: int = 100_000
+    batch_size: int = 64
+    rate: float = 1e-4
+    sigma: float = 0.03
+    rate_final: float | None = None
+    sigma_final: float | None = None
+    lower_from: float = 0.8
+    horizon: int | None = None
+    average: float = 0.0
+    seed: int = 0
+    checkpoint: str | None = None
+    checkpoint_every: int = 100
+    log: str | None = None
+    progress: bool = True
+    precision: str = "float32"
+    alarm: float | None = 1.6
+
+    def __post_init__(self):
+        for name in ("updates", "batch_size", "checkpoint_every", "horizon", "seed"):
+            if (value := getattr(self, name)) is not None or name != "horizon":
+                object.__setattr__(self, name, integer(name, value, int(name != "seed")))  # NumPy's become Python's
+        for name, high in (("rate", 1), ("rate_final", 1), ("sigma", 10), ("sigma_final", 10), ("lower_from", 1),
+                           ("average", 1), ("alarm", 100)):  # fmt: skip
+            if (value := getattr(self, name)) is not None or name not in ("rate_final", "sigma_final", "alarm"):
+                if not 0 <= value <= high:
+                    raise ValueError(f"{name} must lie in 0 … {high}, got {value!r}")
+                object.__setattr__(self, name, float(value))
+        resolved(self.precision, torch.device("meta"))
+
+    def rate_at(self, t: int) -> float:
+        """η of update t, t = 0 … updates − 1."""
+        return self._lowered(self.rate, self.rate_final, t)
+
+    def sigma_at(self, t: int) -> float:
+        """σ of update t."""
+        return self._lowered(self.sigma, self.sigma_final, t)
+
+    def _lowered(self, start: float, final: float | None, t: int) -> float:
+        if final is None:
+            return start
+        progress = (t / (self.horizon or self.updates) - self.lower_from) / max(1 - self.lower_from, 1e-12)
+        return final + (start - final) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
 def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = True) -> Iterator[Record]:
-    """Implements Algorithm 1: learns model.f in place and yields a Record after each update.
+    """Algorithm 1: trains model.f in place and yields a Record after each update.
 
-    Each update draws m observed images plus N(0, σ²), m fresh z ~ p_0 (nothing persists), runs K Langevin steps,
-    and follows eq. (6) with Adam. A stopped run that is resumed equals the run never stopped, bit for bit on the CPU.
-    Started on several devices (`accelerate launch`), each rank runs its share of the m chains, gradients are averaged,
-    all ranks yield the same records, and rank 0 alone writes.
+    A run that was stopped and is resumed equals the run never stopped, bit for bit on the same CPU. Started on several
+    devices (`accelerate launch`), each rank runs its share of the m chains, and rank 0 alone writes.
 
     Args:
-        model: network, kernel and prior; its device is used (on several: each rank's own).
+        model: network, kernel and prior.
         images: observed examples, uint8 [n, C, H, W]; they stay where they are, a memory-mapped file for instance.
         config: settings.
-        resume: continue from config.checkpoint if that file exists; False starts anew and overwrites it, and the older
-            NAME.previous… of another run is removed.
+        resume: go on from config.checkpoint if it exists; False starts anew and overwrites it.
 
-    Raises (at the call, before any work):
-        ValueError: wrong images, a checkpoint that was made with other settings or is beyond config.updates, fewer
-            images in a batch than ranks, a `path` for a network that `energy.check_scalable` refuses.
-        OSError: the checkpoint's folder cannot be made or written to.
-    Raises (while iterating):
-        FloatingPointError: learning diverged, or the alarm fired before it did; the last two checkpoints are kept (the
-            older as NAME.previous…), because images and d look healthy for a while after K·‖∂f/∂x‖ began to climb.
-        torch.OutOfMemoryError: not even one image at a time fits.
+    Raises ValueError, at the call, where images, files, checkpoint or network (docs/your-own.md) do not fit; OSError
+    where a file cannot be written; FloatingPointError where training diverges, or is about to.
     """
     check_images(images, model.shape)
     if config.batch_size < ranks().num_processes:
         raise ValueError(f"batch_size={config.batch_size} leaves some of {ranks().num_processes} ranks idle")
-    if not config.channels_last:
-        model.f.to(memory_format=torch.contiguous_format)
-    if config.path:
-        check_scalable(model.f)
-    same_start(model.f)
-    if config.checkpoint:
-        check_writable(config.checkpoint)
-    state = State(model, config, images)
-    if resume and config.checkpoint and Path(config.checkpoint).exists():
-        state.restore(Path(config.checkpoint))
-    check_same(state.step)
-    return _updates(images, state)
-
-
-def _updates(images: Tensor, state: State) -> Iterator[Record]:
-    model, config, main = state.model, state.config, ranks().is_main_process
+    check_contract(model)
+    state = Progress(model, config, images)
+    locks = claim(config) if ranks().is_main_process else []
+    if resume and config.checkpoint:
+        state.restore()
+    same_everywhere(state.step, model.f, state.averaged)
     keep_pages()
-    precision = resolved(config.precision, model.device)
-    f = torch.compile(model.f, dynamic=False) if config.compile else model.f
+    return _algorithm_1(model, images, config, state, locks)
+
+
+def _algorithm_1(model: ShortRun, images: Tensor, config: TrainConfig, state: Progress, locks) -> Iterator[Record]:
+    f, kernel, device, main = model.f, model.kernel, model.device, ranks().is_main_process
+    m, mine, shape = config.batch_size, share(config.batch_size), (config.batch_size, *model.shape)
+    precision = resolved(config.precision, device)
     climbed = chain_copy(f, precision)
-    mine = share(config.batch_size)
-    n, sentence = at_once(model.f, model.shape, config.sub_batch or mine.stop - mine.start, model.device)
-    write = open_log(config.log, state.step) if config.log and main else None
-    # one line a second: nbval's kernel client loses messages of a cell that sends more than 1,000 of them
-    settings = {"desc": "Algorithm 1", "mininterval": 1.0, "disable": not (config.progress and main)}
-    bar = tqdm(total=config.updates, initial=state.step, **settings)
-    if sentence:
-        bar.write(sentence)
-    with bar:
-        while state.step < config.updates:
-            rate = config.scheduled(config.rate, config.rate_final, state.step)
-            sigma = config.scheduled(config.sigma, config.sigma_final, state.step)
-            started = time.perf_counter()
+    log = open_log(config.log, state.step) if config.log and main else None
+    # one line a second: nbval loses messages of a cell that sends more than 1,000 of them
+    bar = tqdm(range(state.step, config.updates), "Algorithm 1", mininterval=1.0, initial=state.step,
+               total=config.updates, disable=not (config.progress and main))  # fmt: skip
+    for t in bar:
+        started, rate, sigma = time.perf_counter(), config.rate_at(t), config.sigma_at(t)
+        data, noise, start, walk = fresh(config.seed, t, device)
+        with arithmetic(precision, device):
+            which = torch.randint(len(images), (m,), generator=data)[mine]  # all ranks draw m, each keeps its share
+            x_plus = to_float(images[which.to(images.device)], device)  # line 1: m observed images
+            z = model.prior.draw(shape, start)[mine]  # line 2: m chains start anew, nothing persists
+            x_plus = x_plus + sigma * NORMAL.draw(shape, noise)[mine]  # line 3
+            U, force = (NORMAL.draw(shape, walk)[mine] for _ in range(kernel.steps)), 0.0
             refresh(climbed, f)
-            with arithmetic(precision, model.device):
-                d, grad_norm, way, n = update(state, f, climbed, images, sigma, rate, n)
-            state.ratios.append(model.kernel.steps * model.kernel.step_size * grad_norm / way)
-            check(d, grad_norm, state, rate, sigma)
-            if config.path and grad_norm > 0:  # f = 0, where LinearEnergy starts, has no path
-                scale(model.f, (config.path / state.ratios[-1]) ** PULL)
-            state.step += 1
-            state.update_average()
-            state.seconds += time.perf_counter() - started  # of learning, not of what is done with the records
-            record = Record(state.step, d, grad_norm, rate, sigma, state.seconds)
-            if write:  # before the checkpoint: a run killed in between then misses no row
-                write(record)
-            last = state.step == config.updates
-            if config.checkpoint and (last or state.step % config.checkpoint_every == 0):
-                if main:
-                    state.save(Path(config.checkpoint), record)
-                state.owns_checkpoint = True  # on all ranks: `check` tells each the same
-            bar.update()
-            bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{grad_norm:.2f}", refresh=False)
-            if last:
-                state.finish(record)
-                ranks().wait_for_everyone()  # the checkpoint is there when any rank has finished
-            yield record
+            for x_minus, slope in chain(climbed, z, kernel, U):  # line 4: K Langevin steps
+                force = force + slope.flatten(1).norm(dim=1).sum() / (kernel.steps * m)
+            f_plus, f_minus = f(torch.cat([x_plus, x_minus])).split(len(z))  # one pass for both
+            d = (f_plus.sum() - f_minus.sum()) / m
+            Δ = torch.autograd.grad(d, state.theta, allow_unused=True, materialize_grads=True)  # line 5: eq. (6)
+            distance = (x_plus - z).flatten(1).norm(dim=1).sum() / m
+            seen, *Δ = summed([torch.stack([d.detach(), force, distance]), *Δ])
+        d, force, distance = seen.tolist()
+        alarm(state, d, force, distance, Δ, rate, sigma)
+        state.advance(Δ, rate, time.perf_counter() - started)  # line 6: Adam along Δ
+        record = Record(state.step, d, force, rate, sigma, state.seconds)
+        if log:  # before the checkpoint: a run killed between the two then misses no row
+            log(record)
+        last = state.step == config.updates
+        if config.checkpoint and (last or state.step % config.checkpoint_every == 0):
+            if main:
+                state.save(record)
+            state.resumes = True  # on all ranks
+        bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{force:.2f}", refresh=False)
+        if last:
+            state.finish(record)
+            ranks().wait_for_everyone()  # the checkpoint is there when any rank has finished
+            for lock in locks:
+                lock.path.unlink(missing_ok=True)
+        yield record
 
 
-def check(d: float, grad_norm: float, state: State, rate: float, sigma: float) -> None:
-    """Raises FloatingPointError where learning has diverged (d ran away), or is about to (the alarm).
+def alarm(state: Progress, d: float, force: float, distance: float, Δ: list[Tensor], rate: float, sigma: float) -> None:
+    """Raises FloatingPointError, before θ moves, where training has diverged or is about to.
 
-    A chain of K steps covers a path of at most K·s·‖∂f/∂x‖ and has to go ‖x⁺ − z‖, from the noise to the data. Their
-    ratio says how far the chain strays: 0.9 … 1.2 for the paper's CIFAR-10 (Table 2), up to 1.5 in healthy runs here,
-    more where `config.path` says so. It climbs 50 … 100 updates before d explodes. So K·‖∂f/∂x‖ ≈ 40 is no constant of
-    nature: it is that distance.
+    A chain of K steps can travel K·s·‖∂f/∂x‖ and has to go ‖x⁺ − z‖, from the noise to the data. The ratio is 0.9 … 1.2
+    for the paper's CIFAR-10 (Table 2), up to 1.5 in healthy runs here, and climbs 50 … 100 updates before d explodes.
     """
-    ratio, config, way_out = sum(state.ratios) / len(state.ratios), state.config, ""
-    if not math.isfinite(d) or abs(d) * state.model.kernel.step_size > 1e3:  # s·f is what chains see, in any units of f
-        what = f"learning diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {grad_norm:.3g}."
-    elif config.alarm is not None and ratio > config.alarm and len(state.ratios) == WATCHED:
-        what = (f"learning is about to diverge at update {state.step + 1}: over {WATCHED} updates the chains' path "
-                f"K·s·‖∂f/∂x‖ was {ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm}.")  # fmt: skip
-        way_out = " alarm=None goes on regardless."
+    config, kernel = state.config, state.model.kernel
+    ratio = state.watch(kernel.steps * kernel.step_size * force / distance)
+    finite = math.isfinite(d) and math.isfinite(force) and all(δ.isfinite().all() for δ in Δ)
+    if not finite or abs(d) * kernel.step_size > 1e3:  # s·f is what chains see, whatever the units of f
+        what = f"diverged at update {state.step + 1}: f(x⁺) − f(x⁻) = {d:.3g}, ‖∂f/∂x‖ = {force:.3g}."
+    elif config.alarm is not None and ratio > config.alarm:
+        what = (f"is about to diverge at update {state.step + 1}: K·s·‖∂f/∂x‖, the length of the chains' path, is "
+                f"{ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm:g} (alarm=None goes on).")  # fmt: skip
     else:
         return
-    older = ""
-    if config.checkpoint and previous(config.checkpoint).exists() and state.owns_checkpoint:
-        older = (f", or from ShortRun.load({str(previous(config.checkpoint))!r}) under another checkpoint name "
-                 "(the latest checkpoint may already be on its way out)")  # fmt: skip
-    raise FloatingPointError(
-        f"{what} Remedies: a rate below {rate:.3g}, a sigma above {sigma:.3g}, more Langevin steps, "
-        f"{'a shorter path, ' if config.path else ''}or another seed; start anew{older}.{way_out}"
-    )
+    older = f", or from {previous(config.checkpoint)}" if config.checkpoint and state.resumes else ""
+    raise FloatingPointError(f"training {what} Remedies: a rate below {rate:.3g}, a sigma above {sigma:.3g}, more "
+                             f"Langevin steps, or another seed; start anew{older}.")  # fmt: skip
 
 
-def update(state: State, f: nn.Module, climbed: nn.Module, images: Tensor, sigma: float, rate: float, n: int) -> tuple:
-    """One pass of Algorithm 1's loop, n chains at once: returns d and grad_norm as in Record, mean ‖x⁺ − z‖, and n.
+@torch.no_grad()
+def check_contract(model: ShortRun) -> None:
+    """ValueError where f is no function of the images, mixes them, or changes from call to call (model contract)."""
+    z = model.draw_z(4, 0)  # in twos below, because batch normalisation may refuse a single image
+    gradient(model.f, z)  # raises errors of its own
+    together, again, apart = model.f(z), model.f(z), torch.cat([model.f(z[:2]), model.f(z[2:])])
+    if not torch.allclose(together, again, 1e-3, 1e-4) or not torch.allclose(together, apart, 1e-3, 1e-4):
+        raise ValueError(f"{type(model.f).__name__} breaks the model contract: f of an image must not depend on the "
+                         "other images nor on the call; take out batch normalisation and dropout")  # fmt: skip
 
-    Where n is too much for the memory, the same update is tried again with half as many, which is then returned.
+
+def grow(model: ShortRun, steps: int) -> ShortRun:
+    """The model with another K and almost the same images: f is scaled by K_old / K_new, so that K·s·f' is kept.
+
+    A model trained with a cheap short chain is so a good start for the paper's K = 100. Our addition; scales in place.
     """
-    while True:
-        state.adam.zero_grad()
-        try:
-            seen = gradients(state, f, climbed, images, sigma, n)
-            break
-        except torch.OutOfMemoryError:
-            if n == 1:
-                raise
-        n = (n + 1) // 2  # outside of `except`, which still holds the tensors of the attempt
-        warnings.warn(f"{state.model.device} is out of memory: {n} images at once from now on", stacklevel=2)
-
-    θ = [p for p in state.model.f.parameters() if p.grad is not None]
-    seen, *grads = summed([seen, *[p.grad for p in θ]])
-    for p, grad in zip(θ, grads, strict=True):
-        p.grad = grad
-    for group in state.adam.param_groups:
-        group["lr"] = rate
-    state.adam.step()
-    return *seen.tolist(), n
-
-
-def gradients(state: State, f: nn.Module, climbed: nn.Module, images: Tensor, sigma: float, n: int) -> Tensor:
-    """The loop's lines 1 to 4 for this rank's share: adds its part of −∂d/∂θ to .grad; its part of (d, grad_norm, way).
-
-    Every rank draws the whole batch's randomness, so a share does not depend on how many ranks there are.
-    """
-    model, m = state.model, state.config.batch_size
-    g = fresh(state.config.seed, state.step, model.device)
-    device, mine, shape = model.device, share(m), (m, *model.shape)
-    x_plus = to_float(images[torch.randint(len(images), (m,), generator=g["data"])[mine].to(images.device)].to(device))
-    z = model.prior.draw(shape, g["z"])[mine].to(device)
-    x_plus = x_plus + sigma * NOISE.draw(shape, g["sigma"])[mine].to(device)
-    before, seen = g["u"].get_state(), 0.0
-    for start in range(0, len(z), n):
-        g["u"].set_state(before)  # each part sees its own rows of the same noise
-        part = slice(start, start + n)
-        U = (NOISE.draw(shape, g["u"])[mine][part].to(device) for _ in range(model.kernel.steps))
-        norms, x_part = [], x_plus[part]
-        for x_minus, df_dx in langevin_chain(climbed, z[part], model.kernel, U):
-            norms += [df_dx.flatten(1).norm(dim=1).mean()] if df_dx is not None else []
-        f_plus, f_minus = f(torch.cat([x_part, x_minus])).split(len(x_part))  # one forward pass for both
-        d, weight = f_plus.mean() - f_minus.mean(), len(x_part) / m
-        (-d * weight).backward()  # Adam descends, eq. (6) ascends
-        way = (x_part - z[part]).flatten(1).norm(dim=1).mean()
-        seen = seen + weight * torch.stack([d.detach(), torch.stack(norms).mean(), way])
-    return seen
+    grown = model.with_steps(steps)
+    rescale(model.f, model.kernel.steps / grown.kernel.steps)
+    return grown

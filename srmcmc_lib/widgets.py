@@ -1,32 +1,31 @@
-"""Sliders around functions that draw a figure. The only module that imports ipywidgets."""
+"""Sliders around functions that draw a figure. The only module that imports ipywidgets.
+
+They need a live kernel and leave nothing in a notebook that is run headlessly: draw and save the figure itself first.
+"""
 
 from collections.abc import Callable, Sequence
 
 from ipywidgets import Button, HBox, Label, SelectionSlider, VBox, interactive
-from matplotlib.figure import Figure
 
-SHOW = {"auto_display": True}  # without it, interactive draws the figure and shows nothing
+SHOW = {"auto_display": True}  # without it, interactive draws the figure but does not show it
 
 
-def slider(draw: Callable[[int], Figure], values: Sequence[int], value: int, label: str = "K") -> interactive:
-    """A slider over `values` that starts at `value`, above the figure draw(value).
-
-    It needs a live kernel and leaves nothing in a notebook that is run headlessly: draw the figure itself before it.
-    """
+def slider(draw: Callable[[int], object], values: Sequence[int], value: int, label: str = "K") -> interactive:
+    """A slider over `values` that starts at `value`, above the figure draw(value)."""
     handle = SelectionSlider(options=list(values), value=value, description=label, continuous_update=False)
-    return interactive(lambda chosen: draw(chosen), SHOW, chosen=handle)
+    return interactive(lambda chosen: draw(chosen), SHOW, chosen=handle)  # draw's argument may have any name
 
 
-def explore(draw: Callable[..., Figure], seed: int, **scales: tuple[Sequence, object]) -> VBox:
+def explore(draw: Callable[..., object], seed: int, **scales: tuple[Sequence, object]) -> VBox:
     """Several sliders and a "new seed" button around the figure draw(seed=…, name=value, …).
 
-    A drag redraws at once, so whatever is slow should be computed once a seed (functools.cache) and only be looked up
-    by the sliders. As with `slider`, nothing is left in a notebook that is run headlessly.
+    A drag redraws the figure at once, so compute whatever is slow once for each seed (functools.cache), and only look
+    it up in draw.
 
     Args:
         draw: makes the figure.
-        seed: the first; every press adds 1.
-        scales: by draw's argument name, the values to choose from and the one to start at.
+        seed: the first seed; each press of the button adds 1.
+        scales: for each further argument of draw, the values to choose from and the first value.
     """
     handles = {
         name: SelectionSlider(options=list(values), value=value, description=name)
@@ -38,7 +37,7 @@ def explore(draw: Callable[..., Figure], seed: int, **scales: tuple[Sequence, ob
     def press(_) -> None:
         nonlocal seed
         seed += 1
-        shown.value = f"seed {seed} …"
+        shown.value = f"seed {seed} …"  # while it is being computed
         box.update()
         shown.value = f"seed {seed}"
 
