@@ -4,17 +4,11 @@ CORES ?= 1
 CELL_TIMEOUT ?=
 
 # An active virtual environment, or a conda environment named srmcmc, is used as it is. Otherwise .venv is made from
-# requirements.lock; its stamp is written last, so that an interrupted installation doesn't look finished.
-ACTIVE := $(VIRTUAL_ENV)
-ifeq ($(ACTIVE),$(CURDIR)/.venv)
-  ACTIVE :=
-endif
-ifneq ($(ACTIVE),)
-  PYTHON := $(ACTIVE)/bin/python
-  ENV := active-environment
+# requirements.lock; its stamp is written last, so that an interrupted installation does not look finished.
+ifneq ($(filter-out $(CURDIR)/.venv,$(VIRTUAL_ENV)),)
+  PYTHON := $(VIRTUAL_ENV)/bin/python
 else ifeq ($(CONDA_DEFAULT_ENV),srmcmc)
   PYTHON := python
-  ENV := active-environment
 else
   PYTHON := .venv/bin/python
   ENV := .venv/complete
@@ -23,28 +17,33 @@ endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # A kernelspec "python3" in the user's home must not take the notebooks to another interpreter.
 export JUPYTER_PREFER_ENV_PATH := 1
+# glibc keeps freed memory instead of asking for new pages at each step: up to a quarter of a chain's time.
+export MALLOC_MMAP_THRESHOLD_ := 1000000000
+export MALLOC_TRIM_THRESHOLD_ := 4000000000
+export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: help figures test checkpoints lab notebooks lock active-environment
+.PHONY: help figures test checkpoints lab notebooks lock
 
 help:
-	@echo 'make figures    run the notebooks of profiles/$$PROFILE.yaml (PROFILE=cpu) that changed; write figures/'
-	@echo 'make test       ruff, pytest, and every notebook through nbval'
-	@echo 'make checkpoints  learn every shipped model again from nothing, into checkpoints/retrained/ (hours)'
-	@echo 'make lab        open the notebooks in JupyterLab'
-	@echo 'make notebooks  execute the notebooks in place, so that their committed outputs are true'
-	@echo 'make lock       renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
+	@echo 'make figures      run the notebooks that changed, with workflow/parameters/$$PROFILE.yaml (PROFILE=cpu)'
+	@echo 'make test         ruff, pytest, and every notebook through nbval'
+	@echo 'make checkpoints  train the shipped models again, into checkpoints/retrained/ (hours)'
+	@echo 'make lab          open the notebooks in JupyterLab'
+	@echo 'make notebooks    execute the notebooks in place, so that their committed outputs are true'
+	@echo 'make lock         renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
 	@echo
 	@echo 'Python: an active virtual environment, or a conda environment named srmcmc, as it is; otherwise .venv, made'
 	@echo 'from requirements.lock when first needed. CELL_TIMEOUT is the limit of one cell in seconds.'
 
 # --nolock: a killed run must not block the next; two at once are safe, for the runner writes aside and renames.
+SNAKEMAKE = "$(PYTHON)" -m snakemake --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete \
+  --nolock --quiet all
+
 figures: $(ENV)
-	@"$(PYTHON)" -m srmcmc_lib.runner --check --profile "profiles/$(PROFILE).yaml"
-	"$(PYTHON)" -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all \
-	  --config profile="$(PROFILE)" $(if $(CELL_TIMEOUT),cell_timeout=$(CELL_TIMEOUT))
+	@"$(PYTHON)" workflow/scripts/run_notebook.py --check --parameters "workflow/parameters/$(PROFILE).yaml"
+	$(SNAKEMAKE) --config profile="$(PROFILE)" $(if $(CELL_TIMEOUT),cell_timeout=$(CELL_TIMEOUT))
 	@echo 'The figures of profile $(PROFILE) are up to date.'
 
-test: EXTRA := test
 test: $(ENV)
 	"$(PYTHON)" -m ruff check
 	"$(PYTHON)" -m ruff format --check
@@ -54,13 +53,13 @@ test: $(ENV)
 	  --nbval-cell-timeout=900 notebooks/
 
 checkpoints: $(ENV)
-	"$(PYTHON)" -m snakemake checkpoints --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all
+	$(SNAKEMAKE) checkpoints
 
 lab: $(ENV)
 	"$(PYTHON)" -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 notebooks: $(ENV)
-	"$(PYTHON)" -m srmcmc_lib.runner --in-place --cell-timeout $(or $(CELL_TIMEOUT),3600) notebooks/*.ipynb
+	"$(PYTHON)" workflow/scripts/run_notebook.py --in-place --cell-timeout $(or $(CELL_TIMEOUT),3600) notebooks/*.ipynb
 
 lock:
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
@@ -84,33 +83,8 @@ lock:
 	.venv/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-active-environment:
-	@"$(PYTHON)" -c "$$IN_RANGE" || { echo 'The active environment ("$(PYTHON)") is not Python 3.11, 3.12 or 3.13.' >&2; exit 1; }
-	@"$(PYTHON)" -c "$$COMPLETE" $(EXTRA)
-
 define IN_RANGE
 import sys, venv, ensurepip
 sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 endef
 export IN_RANGE
-
-define COMPLETE
-import re, sys, tomllib
-from importlib.metadata import PackageNotFoundError, version
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-wanted = project["dependencies"] + [r for e in sys.argv[1:] for r in project["optional-dependencies"][e]]
-def lacking(requirement):
-    try:
-        from packaging.requirements import Requirement
-        r = Requirement(requirement)
-        return not r.specifier.contains(version(r.name), prereleases=True)
-    except (ImportError, PackageNotFoundError):
-        return True
-missing = [r for r in wanted if lacking(r)]
-if missing:
-    extra = f"[{','.join(sys.argv[1:])}]" if sys.argv[1:] else ""
-    sys.exit(f"The active environment ({sys.prefix}) lacks {', '.join(missing)}.\n"
-             f"Either: {sys.executable} -m pip install -e '.{extra}'\n"
-             "or deactivate it, and make builds .venv from requirements.lock.")
-endef
-export COMPLETE

@@ -1,0 +1,90 @@
+"""Measures a model: prints every number; --write puts them on its card, the .json file beside the weights."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the library of this checkout
+
+from srmcmc_lib import LinearEnergy, ShortRun, moments, observed, paths
+from srmcmc_lib.checkpoint import find
+from srmcmc_lib.data import CLASSES, to_float, to_uint8
+from srmcmc_lib.devices import arithmetic, ranks
+from srmcmc_lib.langevin import integer
+from srmcmc_lib.metrics import NAMES, class_shares, embed, nearest_images, sanity_rows, scores
+from srmcmc_lib.progress import learning_curves
+
+
+def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str = "classifier") -> dict:
+    """Every number of a model, JSON-compatible; of a LinearEnergy, how well the moments match.
+
+    rows: scores against the training images; to_test: the samples' against the test images; memorisation: the median
+    distance of 1,000 images to the nearest training image; force: K·‖∂f/∂x‖, mean of the last 50 updates.
+    """
+    integer("samples", samples, 100)
+    device, model = ranks().device, ShortRun.load(source, device=ranks().device)
+    if isinstance(model.f, LinearEnergy):
+        found = moments.match(model.f.h, model.sample(samples, seed), *moments.targets(model))
+        error = {"relative": found.relative, "by_chance": found.by_chance, "beyond_4_standard_errors": found.beyond()}
+        return {"samples": samples, "seed": seed, **error}
+    if space == "classifier" and not model.dataset.startswith("fashion_mnist"):
+        raise ValueError(f"the classifier knows Fashion-MNIST, not {model.dataset!r}: take --space inception")
+    size, limit = model.f.image_size, model.training.get("recipe", {}).get("limit", 40_000)
+    training, held_out = observed(model.dataset, size, limit), observed(model.dataset, size, split="test")
+    with arithmetic("float32", device):
+        learned = embed(training, space, device=device)  # first: it fails where the space does not take such images
+        x = model.sample(samples, seed).cpu()
+        images = {"samples": to_uint8(x), **sanity_rows(held_out, seed)}
+        rows = {name: embed(row, space, device=device) for name, row in images.items()}
+    measured = {"samples": samples, "seed": seed, "reference": f"the {len(training):,} training images"}
+    measured["rows"] = {name: scores(row, learned, space, seed) for name, row in rows.items()}
+    measured["to_test"] = scores(rows["samples"], rows["test images"], space, seed)
+    shown, memory = {"samples": x[:1_000].clamp(-1, 1), "held_out": to_float(held_out[:1_000])}, to_float(training)
+    measured["memorisation"] = {name: nearest_images(v, memory)[0].median().item() for name, v in shown.items()}
+    if space == "classifier":
+        share, measured["entropy"] = class_shares(rows["samples"][1])
+        measured["classes"] = dict(zip(CLASSES, share.tolist(), strict=True))
+    for steps, records in learning_curves(source)[-1:]:
+        measured["force"] = steps * sum(r.grad_norm for r in records[-50:]) / len(records[-50:])
+    return measured
+
+
+def table() -> str:
+    """What README.md and docs/models.md say of the shipped models, from their cards."""
+    head = ("| model | K | n_f | activation | images | hours | updates | classifier_frechet | of test images + "
+            "N(0, 0.1²) | of test images | classes of at least 3 % | K·‖∂f/∂x‖ |")  # fmt: skip
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for path in sorted(paths.PRETRAINED.glob("*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if m := card.get("measured", {}).get("classifier"):
+            network, stages = card["recipe"]["network"], card["recipe"]["stages"]
+            frechet = {name: f"{row['classifier_frechet']:.3g}" for name, row in m["rows"].items()}
+            values = (f"`{path.stem}`", stages[-1]["steps"], network["width"], network.get("activation", "leaky_relu"),
+                      f"{card['images']:,}", card["hours"], f"{sum(s['updates'] for s in stages):,}",
+                      *(frechet[k] for k in ("samples", "test images + N(0, 0.1²)", "test images")),
+                      sum(v >= 0.03 for v in m["classes"].values()), f"{m['force']:.0f}")  # fmt: skip
+            lines.append("| " + " | ".join(map(str, values)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", help="a shipped model or a .safetensors file; none: --table")
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--space", choices=NAMES, default="classifier")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the table of the shipped models, measure nothing")
+    args = parser.parse_args()
+    if args.table or not args.name:
+        sys.exit(print(table()))
+    file = find(args.name).with_suffix(".json")
+    card = json.loads(file.read_text(encoding="utf-8")) if args.write else {}  # before measuring: there may be none
+    measured = measure(args.name, args.samples, args.seed, args.space)
+    print(json.dumps(measured, indent=1, ensure_ascii=False))
+    if args.write:
+        command = f"python workflow/scripts/measure_model.py {file.stem} --samples {args.samples} --seed {args.seed}"
+        kind, command = (args.space, f"{command} --space {args.space}") if "rows" in measured else ("moments", command)
+        card.setdefault("measured", {})[kind] = {"command": command, **measured}
+        file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
