@@ -1,18 +1,13 @@
-"""Shared by all tests: one thread, so that sums are taken in one order and results can be compared bit for bit."""
+"""Shared by all tests: one thread, so that sums are taken in one order, and one global seed, which must not matter."""
 
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
+@pytest.fixture(autouse=True)
+def one_thread_and_seeded():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """Every test starts from the same global seed; the library itself must not depend on it."""
-    torch.manual_seed(0)

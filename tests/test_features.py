@@ -1,14 +1,15 @@
-"""h(x): frozen, in eval mode, gradients with respect to x only, from the classifier or from torchvision's networks."""
+"""The classifier, its features h(x) (frozen, gradients reach x alone), and the energy that is linear in them."""
 
-from urllib.error import URLError
+import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from srmcmc_lib import observed
-from srmcmc_lib.classifier import load_classifier
-from srmcmc_lib.data import to_float
-from srmcmc_lib.features import STAGES, features
+from srmcmc_lib import LinearEnergy, observed, paths
+from srmcmc_lib.data import labels, to_float
+from srmcmc_lib.features import NAME, load_classifier, load_features, responses
 
 
 @pytest.fixture
@@ -16,72 +17,65 @@ def x():
     return to_float(observed("fashion_mnist_mini", limit=6))
 
 
-@pytest.mark.parametrize(("layer", "d"), [(1, 32), (2, 64), (3, 128), (4, 128), (None, 128)])
+def test_the_shipped_classifier_is_as_good_as_its_card_says():
+    card = json.loads((paths.PRETRAINED / f"{NAME}.json").read_text(encoding="utf-8"))
+    images, y = observed("fashion_mnist", split="test", limit=1_000), labels("fashion_mnist", "test", limit=1_000)
+    model = load_classifier()
+    right = responses(model, images).argmax(1) == y
+    assert card["test_accuracy"] >= 0.91 and abs(right.float().mean() - card["test_accuracy"]) < 0.03
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(responses(model, images[:9], batch_size=2), model(to_float(images[:9])))
+
+
+def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors; .*train_classifier"):
+        load_classifier(tmp_path / "none.safetensors")
+    good = (paths.PRETRAINED / f"{NAME}.safetensors").read_bytes()
+    for content in (b"", b"not weights", good[: len(good) // 2], bytes(len(good))):
+        (tmp_path / "damaged.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.safetensors is damaged or not a classifier"):
+            load_classifier(tmp_path / "damaged.safetensors")
+
+
+@pytest.mark.parametrize(("layer", "d"), [(1, 32), (2, 64), (3, 128), (np.int64(4), 128), (None, 128)])
 def test_the_classifiers_layers_are_averaged_over_space(x, layer, d):
-    h, stages = features(layer=layer), load_classifier().stages
-    assert h.size == h.num_features == d
-    torch.testing.assert_close(h(x), stages[: layer or 4](x).mean((2, 3)))
+    h, model = load_features(layer), load_classifier()
+    assert h.size == d
+    torch.testing.assert_close(h(x), model.stages[: layer or 4](x).mean((2, 3)))
+    torch.testing.assert_close(load_features(layer, model)(x), h(x))
+    h.train()(x.requires_grad_()).sum().backward()  # train as a module that contains h may ask
+    assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in h.parameters())
 
 
-def test_pooling_over_cells_multiplies_d(x):
-    h = features(layer=4, pool=2)
-    assert h.size == 512
-    torch.testing.assert_close(h(x).unflatten(1, (128, 4)).mean(2), features(layer=4)(x))
-
-
-def test_gradients_reach_x_and_nothing_else(x):
-    h = features()
-    h.train()  # as a module that contains h may ask
-    before = {k: v.clone() for k, v in h.state_dict().items()}
-    x.requires_grad_()
-    h(x).sum().backward()
-    assert x.grad.abs().sum() > 0
-    assert not h.responses.training and not any(p.requires_grad for p in h.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in h.state_dict().items())  # batch statistics among them
-
-
-def test_features_know_the_classes(x):
-    """Real garments of one class lie closer together than those of two: the space means something."""
-    from srmcmc_lib.data import labels
-
-    h, y = (
-        features()(to_float(observed("fashion_mnist", split="test", limit=300))),
-        labels("fashion_mnist", "test", 300),
-    )
-    distances, same = torch.cdist(h, h), y[:, None] == y
-    off = ~torch.eye(300, dtype=bool)
-    assert distances[same & off].mean() < 0.7 * distances[~same].mean()
-
-
-@pytest.mark.parametrize("name", sorted(STAGES))
-def test_torchvisions_networks_through_the_same_interface(x, name):
-    sizes = []
-    for layer in (1, len(STAGES[name])):
-        torch.manual_seed(0)
-        h = features(name, layer, weights=None)
-        sizes.append(h.size)
-        assert h(x).shape == (6, h.size) and h(x.expand(-1, 3, -1, -1)).allclose(h(x))
-    assert sizes == [64, 512]
-
-
-def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
-    def no_network(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(FileNotFoundError, match=r"https://.*resnet18.*fashion_mnist_classifier"):
-        features("resnet18")
-
-
-@pytest.mark.parametrize("wrong", [{"layer": 0}, {"layer": 5}, {"layer": 2.0}, {"pool": 0}, {"pool": True}])
-def test_arguments_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer in 1 …"):
-        features(**wrong)
-
-
-def test_images_of_another_kind_are_refused(x):
+def test_wrong_layers_and_images_are_refused(x):
+    for layer in (0, 5, 2.0, True):
+        with pytest.raises(ValueError, match="layer must be an integer in 1 … 4"):
+            load_features(layer)
     with pytest.raises(ValueError, match=r"\[B, 1, 32, 32\], got \[6, 1, 16, 16\]"):
-        features()(x[..., ::2, ::2])
-    with pytest.raises(ValueError, match="float images"):
-        features()(observed("fashion_mnist_mini", limit=2))
+        load_features()(x[..., ::2, ::2])
+    with pytest.raises(ValueError, match=r"\(channels, image_size\) = \(1, 32\), got \(3, 32\)"):
+        LinearEnergy(channels=3)
+
+
+def test_the_linear_energy_is_the_inner_product_and_its_config_builds_it_again(x):
+    f, h = LinearEnergy(layer=2), load_features(2)(x)
+    assert not f.theta.any() and f.piecewise_linear
+    f.inner.weight.data.normal_()
+    torch.testing.assert_close(f(x), h @ f.theta)
+    f(x).mean().backward()
+    torch.testing.assert_close(f.inner.weight.grad[0], h.mean(0))
+    assert [name for name, p in f.named_parameters() if p.requires_grad] == ["inner.weight"]
+    f = LinearEnergy(np.int64(1), 32, np.int64(2), source=NAME)
+    assert json.loads(json.dumps(f.config)) == {"channels": 1, "image_size": 32, "layer": 2, "source": NAME}
+    assert LinearEnergy(**f.config).state_dict().keys() == f.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "layer"), [("moments_shallow", 2), ("moments_deep", 4)])
+def test_the_shipped_models_weights_fit_without_the_classifier(monkeypatch, x, name, layer):
+    weights = load_file(paths.PRETRAINED / f"{name}.safetensors")
+    monkeypatch.setattr(paths, "PRETRAINED", paths.PRETRAINED / "nowhere")
+    f = LinearEnergy(1, 32, layer, trained=False)
+    f.load_state_dict({key.removeprefix("f."): value for key, value in weights.items()})
+    assert f.theta.abs().sum() > 0 and f(x).isfinite().all()
+    monkeypatch.undo()
+    torch.testing.assert_close(f.h(x), load_features(layer)(x))

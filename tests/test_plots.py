@@ -1,4 +1,4 @@
-"""Figures are compared by what they draw, since nbval never compares PNGs."""
+"""Figures are tested by what they draw, because nbval never compares PNGs."""
 
 import matplotlib.image as mpimg
 import matplotlib.pyplot as plt
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from srmcmc_lib import Record, plots
+from srmcmc_lib import plots
+from srmcmc_lib.progress import Record
 
 
 def drawn(axes) -> np.ndarray:
@@ -45,11 +46,6 @@ def test_strips_name_the_rows_of_a_dict(images):
     assert [ax.texts[0].get_text() for ax in named] == list(rows) and [drawn(ax)[0, 0, 0] for ax in named] == [0, 153]
 
 
-def test_strips_refuse_a_row_of_another_length(images):
-    with pytest.raises(ValueError, match="zip"):
-        plots.strips([images[:3], images[:2]], ["a", "b", "c"])
-
-
 def test_curves_draw_the_records():
     records = [Record(step, d=step % 3 - 1, grad_norm=2.0, rate=1e-4, sigma=0.03, seconds=0.0) for step in range(1, 31)]
     left, right = plots.training_curves([(20, records)], smooth=3).axes
@@ -66,11 +62,6 @@ def test_curves_put_one_stage_after_the_other():
     assert first.get_xydata().tolist() == [[step, 40.0] for step in range(1, 6)]
     assert second.get_xydata().tolist() == [[step, 100.0] for step in range(6, 9)]
     assert set(mark.get_xdata()) == {5} and [text.get_text() for text in right.texts] == ["K = 20", "K = 50"]
-
-
-def test_nearest_names_the_distances(images):
-    figure = plots.nearest(images[:2], images[:4].reshape(2, 2, 1, 4, 4), torch.tensor([[0.12, 0.3], [0.4, 0.56]]))
-    assert {"0.12", "0.30", "0.40", "0.56"} <= {axes.get_title() for axes in figure.axes}
 
 
 def test_save_writes_png_and_pdf_with_the_same_bytes_each_time(images, tmp_path, monkeypatch):
@@ -95,10 +86,12 @@ def test_bands_show_the_median_the_middle_and_the_worst():
     assert axes.get_yscale() == "log" and axes.get_legend().get_texts()[0].get_text() == "a"
 
 
-def test_mixings_draw_a_law_and_a_deviation_each():
-    pixels = {"a": np.full(10, -0.99), "b": np.full(10, 0.51)}
-    left, right = plots.mixings(pixels, np.array([0.0, 1.0]), {"b": np.array([0.2, 0.4])}).axes
-    peaks = [patch.get_xy()[patch.get_xy()[:, 1].argmax(), 0] for patch in left.patches]
-    np.testing.assert_allclose(peaks, [-1.0, 0.5], atol=0.051)
-    (line,) = right.lines
-    assert line.get_ydata().tolist() == [0.2, 0.4] and line.get_color() == "C1"  # the colour it has on the left
+def test_omega_theta_names_the_five_distributions_where_they_are():
+    path, onward = np.array([[-1.0, 0.0], [-0.5, 0.4], [0.0, 0.5]]), np.array([[0.0, 0.5], [0.8, 0.0]])
+    others = {k: np.array([[0.0, 1 / k], [2 / k, 0.0]]) for k in (2, 4)}
+    (axes,) = plots.omega_theta(2, path, onward, np.array([0.0, 0.45]), others).axes
+    at = {text.get_text(): tuple(text.xy) for text in axes.texts}
+    assert at["$p_0$"] == (-1.0, 0.0) and at["data"] == (0.0, 0.45) and at["MLE"] == (0.0, 0.0)
+    assert at[r"$q_{\theta}$ after K = 2 steps (MME)"] == (0.0, 0.5)
+    assert at[r"$p_{\theta}$: the chain run on"] == (0.8, 0.0)
+    assert "K = 4" in at and "K = 2" not in at  # K itself is the large dot

@@ -1,13 +1,9 @@
 """Sliders call the plot function they were given, and what it draws reaches the page."""
 
-import ast
-from pathlib import Path
-
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-import srmcmc_lib
 from srmcmc_lib import widgets
 
 
@@ -24,13 +20,6 @@ def test_the_slider_draws_what_is_chosen():
 def test_a_value_off_the_scale_is_refused():
     with pytest.raises(Exception, match="Invalid selection"):
         widgets.slider(print, [13, 20], 21)
-
-
-def test_ipywidgets_is_imported_nowhere_else():
-    for file in Path(srmcmc_lib.__file__).parent.glob("*.py"):
-        imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
-        names = {alias.name for n in imports for alias in n.names} | {getattr(n, "module", None) for n in imports}
-        assert file.name == "widgets.py" or "ipywidgets" not in names
 
 
 def test_sliders_and_the_seed_button_redraw_with_what_is_chosen():

@@ -1,0 +1,88 @@
+"""One file holds the whole model; damaged files, NaN and full disks are named; nothing is ever unpickled."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, checkpoint
+
+SHIPPED = ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_silu", "moments_deep", "moments_shallow"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A model in which nothing is at its default, made with NumPy's numbers."""
+    f, kernel = EnergyNet(3, np.int64(12), width=3, activation="softplus"), Langevin(7, 0.5, 0.02)
+    model = ShortRun(f, kernel, Gaussian(np.float64(0.7)), "folder:/my", {"d": np.float32(-0.125), "note": "größer"})
+    return model.save(tmp_path / "new" / "my.safetensors")
+
+
+def test_a_checkpoint_holds_everything(path):
+    model = ShortRun.load(str(path))
+    assert (model.kernel, model.prior, model.dataset) == (Langevin(7, 0.5, 0.02), Gaussian(0.7), "folder:/my")
+    assert model.f.activation == "softplus" and model.training == {"d": -0.125, "note": "größer"}
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'shoes'.*'fashion_mnist', .*'moments_shallow'\]"):
+        ShortRun.load("shoes")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_load_by_name(name):
+    model = ShortRun.load(name).with_steps(2)
+    assert model.dataset == "fashion_mnist" and (model.sample(2, seed=0) - model.draw_z(2, 0)).norm() > 0.5
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), SafetensorError("I/O error"), KeyboardInterrupt("Ctrl-C")])
+def test_an_interrupted_save_or_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch, error):
+    before, model = path.read_bytes(), ShortRun.load(path)
+
+    def half(tensors, part, metadata):
+        part.write_bytes(before[: len(before) // 2])
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises((OSError, KeyboardInterrupt), match=r"my\.safetensors .* the last good one stands|Ctrl-C"):
+        model.save(path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["my.safetensors"]
+
+
+def rewritten(path, bias, **more):  # right names, another content
+    meta, tensors = checkpoint.read(path)
+    checkpoint.write(path, meta | more, tensors | {"f.layers.0.bias": torch.tensor(bias)})
+
+
+DAMAGE = {
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-10]),
+    "a pickle": lambda p: p.write_bytes(b"cos\n_exit\n(I1\ntR."),  # would end this process
+    "foreign": lambda p: save_file({"w": torch.zeros(2)}, p, {"format": "pt"}),
+    "null settings": lambda p: rewritten(p, [0.0] * 3, kernel={"steps": 7, "step_size": None, "noise": 0.02}),
+    "another shape": lambda p: rewritten(p, [0.0] * 4),
+    "NaN": lambda p: rewritten(p, [0.0, 0.0, float("nan")]),
+    "infinity": lambda p: rewritten(p, [0.0, 0.0, float("-inf")]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_refused_by_name(path, damage):
+    damage(path)
+    with pytest.raises(ValueError, match=rf"^{path} (is damaged|holds NaN or infinite weights)"):
+        ShortRun.load(path)
+
+
+class Own(nn.Sequential):
+    """A network of one's own, as README has it."""
+
+    channels, image_size = 1, 8
+
+    def __init__(self, *more):
+        super().__init__(nn.Flatten(), nn.Linear(64, 1), nn.Softplus(), *more, nn.Flatten(0))
+
+
+def test_a_network_of_ones_own_is_filled_by_load(path):
+    (model := ShortRun(Own(), Langevin(3))).save(path)
+    assert torch.equal(ShortRun.load(path, f=Own()).sample(2, 0), model.sample(2, 0))
+    for f, message in ((None, "of a Own: build"), (Own(nn.Linear(1, 1)), "damaged or"), (EnergyNet(1, 8), "but f is")):
+        with pytest.raises(ValueError, match=f"^{path} .*{message}"):
+            ShortRun.load(path, f=f)
