@@ -1,11 +1,10 @@
-"""Reconstruction by hand-run measurements: errors on held-out images, the closed form's speed, memory against K.
+"""Reconstruction, measured: the speed of its gradients, memory against K, errors on held-out images.
 
-python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
-python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images × 200 iterations: K = 100, n_f = 16
-                                                                 # take about 40 minutes on one free core
-python benchmarks/reconstruction.py errors --model fashion_mnist_silu --iterations 8  # its iterations cost four chains
+    python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
+    python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images, 200 iterations: about 20 minutes
+    python benchmarks/reconstruction.py errors --model fashion_mnist_silu --iterations 8  # an iteration costs 4 chains
 
-Times are ratios within one run, for they mean nothing across machines; bytes are the CPU allocator's.
+Times are ratios within one run; bytes are the CPU allocator's.
 """
 
 import argparse
@@ -13,49 +12,65 @@ import time
 
 import numpy as np
 import torch
-from torch.autograd import grad
 from torch.profiler import profile
 
 from srmcmc_lib import EnergyNet, Langevin, ShortRun, observed
 from srmcmc_lib.data import to_float
-from srmcmc_lib.reconstruction import chain_gradient, residual_gradient
+from srmcmc_lib.langevin import chain
+from srmcmc_lib.reconstruction import CARRIES
 
 STEPS = (10, 25, 50, 100, 200, 400)
 
 
-def autograd_gradient(f, kernel, x, z, U):
+def carried(name: str):
+    """L'(z) = 2 (∂M/∂z)ᵀ (M_θ(z) − x) by one of the library's ways to carry the error back to z."""
+
+    def gradient(f, kernel, x, z):
+        path, M = [], z
+        for following, slope in chain(f, z, kernel):
+            if name != "residual":
+                path.append((M, slope))
+            M = following
+        return 2 * CARRIES[name](f, kernel, path, M - x)
+
+    return gradient
+
+
+def torch_graph(f, kernel, x, z):
     """L'(z) as one would write it at first: torch keeps the graph of all K steps."""
     M = z = z.detach().requires_grad_()
     for _ in range(kernel.steps):
-        M = M + kernel.step_size * grad(f(M).sum(), M, create_graph=True)[0]
-    return M, grad((x - M).square().sum(), z)[0]
+        M = M + kernel.step_size * torch.autograd.grad(f(M).sum(), M, create_graph=True)[0]
+    return torch.autograd.grad((x - M).square().sum(), z)[0]
+
+
+WAYS = {"residual": carried("residual"), "adjoint": carried("adjoint"), "torch's graph": torch_graph}
 
 
 def problem(activation: str, steps: int, images: int = 8) -> tuple:
-    """A chain of an untrained n_f = 16 network at 32×32, whose cost and memory are those of a trained one."""
+    """A chain of an untrained n_f = 16 network at 32×32, which costs what a trained one does."""
     torch.manual_seed(0)
     model = ShortRun(EnergyNet(1, 32, width=16, activation=activation), Langevin(steps))
-    return model.f, model.kernel, torch.rand(images, *model.shape) * 2 - 1, model.draw_z(images, 0), None
+    return model.f, model.kernel, torch.rand(images, *model.shape) * 2 - 1, model.draw_z(images, 0)
 
 
 def speed(args) -> None:
-    """The closed form against two ways to differentiate through the chain, in turns, LeakyReLU, K = 100."""
-    ways = {"closed form": residual_gradient, "checkpointed": chain_gradient, "torch's graph": autograd_gradient}
-    arguments, seconds = problem("leaky_relu", 100), {name: [] for name in ways}
-    gradients = {name: gradient(*arguments)[1] for name, gradient in ways.items()}  # also the warm-up
+    """Three ways to the same gradient, in turns, LeakyReLU, K = 100."""
+    arguments, seconds = problem("leaky_relu", 100), {name: [] for name in WAYS}
+    gradients = {name: gradient(*arguments) for name, gradient in WAYS.items()}  # also the warm-up
     for _ in range(args.repeats):
-        for name, gradient in ways.items():
-            started = time.process_time()  # of the CPU, so that other work on the machine counts less
+        for name, gradient in WAYS.items():
+            started = time.process_time()  # of this process, so that others count less
             gradient(*arguments)
             seconds[name].append(time.process_time() - started)
-    base = np.median(seconds["closed form"])
     for name, values in seconds.items():
-        same = torch.equal(gradients[name], gradients["closed form"])
-        print(f"{name:14} {np.median(values) / base:5.1f} × the closed form's time; the same gradient: {same}")
+        ratio = np.median(values) / np.median(seconds["residual"])
+        off = (gradients[name] - gradients["residual"]).norm() / gradients["residual"].norm()
+        print(f"{name:14} {ratio:5.1f} × the residual's time; its gradient differs by {off:.1e}")
 
 
 def peak_bytes(gradient, arguments: tuple) -> int:
-    """The largest number of bytes that the allocator had handed out at one time, on top of what was there before."""
+    """The most bytes that the allocator had handed out at one time, beyond those there before."""
     with profile(profile_memory=True) as profiler:
         gradient(*arguments)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -63,36 +78,19 @@ def peak_bytes(gradient, arguments: tuple) -> int:
 
 
 def memory(args) -> None:
-    """Peak memory of the gradient through the chain against K, silu."""
-    plain = {k: peak_bytes(autograd_gradient, problem("silu", k)) for k in STEPS[:3]}
-    closed = {k: peak_bytes(residual_gradient, problem("silu", k)) for k in STEPS}
-    peaks = {k: peak_bytes(chain_gradient, problem("silu", k)) for k in STEPS}
-    one_step, batch = peak_bytes(chain_gradient, problem("silu", 1)), problem("silu", 1)[2].nbytes
-    held = {k: 2 + (peaks[k] - one_step) / batch for k in STEPS}  # at K = 1 it holds two: the first state, and v
-    for k in STEPS:
-        graph = f"{plain[k] / 1e6:.1f} MB" if k in plain else "not run"
-        print(
-            f"K = {k:3}: checkpointed {peaks[k] / 1e6:.2f} MB, in it {held[k]:.1f} batches of images (2√K = "
-            f"{2 * k**0.5:.1f}); closed form {closed[k] / 1e6:.2f} MB; torch's graph {graph}"
-        )
-    for name, values in (("peak", peaks), ("images held", held)):
-        exponent = np.polyfit(np.log(STEPS), np.log([values[k] for k in STEPS]), 1)[0]
-        print(f"checkpointed: {name} ∝ K^{exponent:.2f} (aim: at most 0.5)")
+    """Peak memory against K, SiLU, 8 images; the path of the adjoint is 2 K batches of images."""
+    for name, gradient in WAYS.items():
+        for K in STEPS[:3] if gradient is torch_graph else STEPS:
+            print(f"{name:14} K = {K:3}: {peak_bytes(gradient, problem('silu', K)) / 1e6:7.1f} MB")
 
 
 def errors(args) -> None:
-    """Squared error per pixel over held-out test images."""
-    model = ShortRun.load(args.model)
+    """Squared error per pixel of held-out test images."""
+    model, started = ShortRun.load(args.model), time.perf_counter()
     x = to_float(observed(model.dataset, model.f.image_size, limit=args.images, split="test"))
-    started, found = time.perf_counter(), []
-    for part in x.split(64):
-        options = {"eta": args.eta, "optimizer": args.optimizer, "gradient": args.gradient}
-        found.append(model.reconstruct(part, args.iterations, seed=0, **options).error)
-    e = torch.cat(found)
-    quantiles = ", ".join(
-        f"{q:.0%} {v:.3g}"
-        for q, v in zip((0.1, 0.5, 0.9, 0.99), e.quantile(torch.tensor((0.1, 0.5, 0.9, 0.99))), strict=True)
-    )
+    options = {"eta": args.eta, "gradient": args.gradient, "seed": 0}
+    e = torch.cat([model.reconstruct(part, args.iterations, **options).error for part in x.split(64)])
+    quantiles = ", ".join(f"{q:.0%} {e.quantile(q):.3g}" for q in (0.1, 0.5, 0.9, 0.99))
     print(f"{args.model}: {len(x)} test images of {model.dataset}, {model.kernel}, {args.iterations} iterations")
     print(f"squared error per pixel: {quantiles}, worst {e.max():.3g}; {time.perf_counter() - started:.0f} s")
 
@@ -103,10 +101,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="fashion_mnist")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--optimizer", default="gd")
-    parser.add_argument("--gradient", default="auto")
+    parser.add_argument("--gradient", default="auto", choices=["auto", *CARRIES])
     parser.add_argument("--eta", type=float)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     for part in args.parts:
-        {"speed": speed, "memory": memory, "errors": errors}[part](args)
+        globals()[part](args)

@@ -1,15 +1,15 @@
-"""Metric against time: the authors' recipe, our recipe, and each idea of ours alone.
+"""Quality against time: the authors' recipe, ours, and each of our additions alone.
 
-    python benchmarks/time_to_quality.py            # runs every arm (about three hours on one core), then the table
+    python benchmarks/time_to_quality.py            # every arm (about three hours on one core), then the table
     python benchmarks/time_to_quality.py grow       # one arm
-    python benchmarks/time_to_quality.py --table    # the table from the rows that were written so far
+    python benchmarks/time_to_quality.py --table    # the table of the rows written so far
 
-Every arm learns from the same 40,000 images with the same network; the clock is the processor time of this process, on
-one thread, without the measuring. The metric is classifier_frechet of 1,000 samples against the training images;
-images that are not 32×32 are resized for the classifier, observed ones likewise. It is taken for θ and for its running
-average; arms are compared by θ, averaging is an idea of its own. Rows go to .cache/time_to_quality/ after each arm, in
-a file named by the settings; an arm that is run again, or was defined otherwise, loses its rows. The table says when
-the authors' recipe reached an arm's best value, interpolated between its rows, and not before the row ahead of that.
+All arms train the same network on the same 40,000 images, in float32. The clock is this process's processor time on
+one thread, without the measuring. The metric is classifier_frechet of 1,000 samples against the training images, all
+resized to 32×32 for the classifier; it is taken for θ, by which arms are compared, and for its running average. Rows go
+to .cache/time_to_quality/, in a file named by the settings; an arm that is run again, or was defined otherwise, loses
+its rows. The table says when the authors' recipe reached an arm's best value, interpolated between its rows, and in how
+many times the arm's time.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, observed, paths, train
 from srmcmc_lib.data import to_float, to_uint8
 from srmcmc_lib.metrics import embed, scores
-from srmcmc_lib.recipes import grow
+from srmcmc_lib.training import grow
 
 AUTHORS = {"steps": 100, "rate": 1e-4, "sigma": 0.03}  # constant Adam, m = 64, no averaging
 LOWERED = {"rate": 3e-4, "rate_final": 2e-5, "lower_from": 0.0}
-QUIET = {"sigma": 0.06, "sigma_final": 0.01, "lower_from": 0.0}  # the noise on the data is lowered, too
+QUIET = {"sigma": 0.06, "sigma_final": 0.01, "lower_from": 0.0}  # the noise on the data falls, too
 # arm: its stages, each TrainConfig's settings and K; `updates` are those of --scale 1
 ARMS = {
     "authors": [{**AUTHORS, "updates": 4500}],  # through plain_train below
@@ -53,24 +53,25 @@ COLUMNS = ("arm", "stages", "K", "updates", "seconds", "theta", "average")
 
 
 def checksum(arm: str) -> str:
-    """Of the arm's stages: rows of another definition are not its rows."""
+    """Of the arm's definition."""
     return f"{zlib.crc32(repr(ARMS.get(arm)).encode()):08x}"
 
 
 def plain_train(model, images, config):
     """Algorithm 1 as one writes it first: θ needs gradients during the chain, default memory layout, no schedules."""
-    f = model.f.to(memory_format=torch.contiguous_format)
-    f.forward = lambda x: f.layers(x).flatten()  # without the conversion to channels_last
-    adam = torch.optim.Adam(f.parameters(), lr=config.rate)
-    observed_images = to_float(images)
+    layers = model.f.layers.to(memory_format=torch.contiguous_format)
+    adam, data = torch.optim.Adam(layers.parameters(), lr=config.rate), to_float(images)
+
+    def f(x):
+        return layers(x).flatten()
+
     for _ in range(config.updates):
-        x_plus = observed_images[torch.randint(len(images), (config.batch_size,))]
+        x_plus = data[torch.randint(len(images), (config.batch_size,))]
         x_plus = x_plus + config.sigma * torch.randn_like(x_plus)
-        x = (2 * torch.rand_like(x_plus) - 1).requires_grad_()
+        x = 2 * torch.rand_like(x_plus) - 1
         for _ in range(model.kernel.steps):
-            df_dx = torch.autograd.grad(f(x).sum(), x, retain_graph=True)[0]
-            x = (x + model.kernel.step_size * df_dx + model.kernel.noise * torch.randn_like(x)).detach()
-            x.requires_grad_()
+            x = x.detach().requires_grad_()
+            x = model.kernel.step(x, torch.autograd.grad(f(x).sum(), x)[0], torch.randn_like(x))
         loss = f(x.detach()).mean() - f(x_plus).mean()
         adam.zero_grad()
         loss.backward()
@@ -78,17 +79,20 @@ def plain_train(model, images, config):
         yield None
 
 
-def measured(model, f, reference, samples, size) -> float:
+def measured(model, f, reference, samples) -> float:
     """classifier_frechet of `samples` samples of the model with the network f."""
-    model = ShortRun(f, model.kernel)
-    x = model.sample(samples, seed=0)
-    return scores(embed(to_uint8(F.interpolate(x, (32, 32), mode="bilinear"))), reference)["classifier_frechet"]
+    x = ShortRun(f, model.kernel).sample(samples, seed=0)
+    return scores(resized(x), reference)["classifier_frechet"]
+
+
+def resized(x):
+    """Float images as the classifier takes them."""
+    return to_uint8(F.interpolate(x, (32, 32), mode="bilinear"))
 
 
 def run(arm: str, args) -> list[dict]:
     images = observed("fashion_mnist", args.image_size)
-    shown = F.interpolate(to_float(images), (32, 32), mode="bilinear") if args.image_size != 32 else to_float(images)
-    reference = embed(to_uint8(shown))
+    reference = embed(resized(to_float(images)))
     rows, seconds, done, model = [], 0.0, 0, None
     torch.manual_seed(args.seed)
     for stage in ARMS[arm]:
@@ -100,17 +104,15 @@ def run(arm: str, args) -> list[dict]:
         else:
             model = grow(model, stage["steps"])
         average = AveragedModel(model.f, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-        learning = plain_train(model, images, config) if arm == "authors" else train(model, images, config)
+        run_of_stage = plain_train(model, images, config) if arm == "authors" else train(model, images, config)
         started = time.process_time()
-        for step, _ in enumerate(learning, start=1):
+        for step, _ in enumerate(run_of_stage, start=1):
             average.update_parameters(model.f)  # its cost is in the clock of every arm
             if step % max(1, round(args.every * updates)) == 0 or step == updates:
                 seconds += time.process_time() - started
-                values = [
-                    measured(model, f, reference, args.samples, args.image_size) for f in (model.f, average.module)
-                ]
+                found = [measured(model, f, reference, args.samples) for f in (model.f, average.module)]
                 at = (stage["steps"], done + step, round(seconds, 1))
-                row = (arm, checksum(arm), *at, *(round(v, 2) for v in values))
+                row = (arm, checksum(arm), *at, *(round(v, 2) for v in found))
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
                 started = time.process_time()
@@ -130,8 +132,8 @@ def table(rows: list[dict]) -> None:
     authors = arms.get("authors", [])
     end = f"not in {authors[-1][1]:.0f} s" if authors else "not run"
     print(f"{'arm':16}{'updates':>8}{'seconds':>9}{'best':>9}{'authors reach it after':>28}")
-    for arm, mine in arms.items():
-        updates, seconds, best = min(mine, key=lambda point: point[2])
+    for arm, points in arms.items():
+        updates, seconds, best = min(points, key=lambda point: point[2])
         answer = f"before {authors[0][1]:.0f} s" if authors and authors[0][2] <= best else end
         for (_, s, v), (_, s_next, v_next) in pairwise(authors):
             if v_next <= best < v:
