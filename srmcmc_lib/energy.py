@@ -61,7 +61,7 @@ class EnergyNet(nn.Module):
             layers += [nn.Conv2d(maps, 2 * maps, 4, stride=2, padding=1), φ()]
             maps *= 2
         self.layers = nn.Sequential(*layers, nn.Conv2d(maps, 1, 4))
-        self.to(memory_format=torch.channels_last)  # faster on CPUs and on tensor cores
+        self.to(memory_format=torch.channels_last)  # faster on CPUs
 
     def __init_subclass__(cls):
         if "forward" in vars(cls) and "gradient" not in vars(cls):

@@ -64,11 +64,14 @@ class Progress:
             for mean, p in zip(self.averaged.parameters(), self.model.f.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
 
-    def save(self, record: Record) -> None:
+    def save(self, record: Record, main: bool = True) -> None:
         """Writes checkpoint and resume file; the last ones become NAME.previous, or go if another run made them."""
-        path, self.model.training = Path(self.config.checkpoint), self._described(record)
+        path, self.model.training, resumes = Path(self.config.checkpoint), self._described(record), self.resumes
+        self.resumes = True  # on all ranks
+        if not main:
+            return
         for file in (resume_file(path), path):
-            if self.resumes and file.exists():
+            if resumes and file.exists():
                 checkpoint.copy(file, previous(file))  # not moved: a run killed here must find its checkpoint
             else:
                 previous(file).unlink(missing_ok=True)

@@ -59,7 +59,8 @@ class ShortRun:
         """Network, kernel and prior as JSON values: what a checkpoint stores and a resumed run compares."""
         network = {"class": type(self.f).__name__, **getattr(self.f, "config", {})}
         prior = {"class": type(self.prior).__name__, **asdict(self.prior)}
-        return checkpoint.plain({"network": network, "kernel": asdict(self.kernel), "prior": prior})
+        kernel = asdict(self.kernel) | ({} if type(self.kernel) is Langevin else {"class": type(self.kernel).__name__})
+        return checkpoint.plain({"network": network, "kernel": kernel, "prior": prior})
 
     @property
     def device(self) -> torch.device:
@@ -180,6 +181,9 @@ class ShortRun:
             raise ValueError(f"{path} holds NaN or infinite weights: take an earlier checkpoint")
         if f is None and network.get("class") not in list(NETWORKS):
             raise ValueError(f"{path} holds weights of a {network.get('class')}: build one and pass it as f=")
+        if "class" in meta["kernel"]:
+            raise ValueError(f"{path} has a {meta['kernel']['class']} of your own as kernel: load f's weights from it, "
+                             "keys f.*, and build ShortRun(f, kernel)")  # fmt: skip
         if f is not None and (here := cls(f).config["network"]) != network:
             raise ValueError(f"{path} holds the network {network}, but f is {here}")
         try:

@@ -23,28 +23,23 @@ NORMAL = Gaussian()  # N(0, I)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of Algorithm 1. The defaults for rate, σ and m are those of the authors' public code.
+    """Settings of Algorithm 1, checked when made. The defaults for rate, σ and m are those of the authors' public code.
 
     Attributes:
         updates: T, the number of updates in all, those before a resume included.
         batch_size: m, observed and synthesised images per update.
-        rate: η, Adam's learning rate.
         sigma: σ of the noise added to observed images: the smaller the better while training is stable; σ ≥ 2 ε.
-        rate_final, sigma_final: what η and σ are lowered to; None keeps them constant, as in the authors' code.
+        rate, rate_final, sigma_final: η, Adam's learning rate; what η and σ are lowered to, None: constant.
         lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice).
         horizon: the updates over which the schedules stretch; None: `updates`. A shorter run can be prolonged later.
         average: decay of a running average of θ, which checkpoints hold and the run ends with; 0: none (the paper).
         seed: of all random numbers: which images, their noise, z, u.
         checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end; NAME.resume.pt beside
             it has what a stopped run needs to go on.
-        log: a .csv file, one row an update.
-        progress: show a progress bar.
+        log, progress: a .csv file with one row an update, and whether to show a progress bar.
         precision: of f in the chain: "float32", "bf16" (of a copy; the rest stays float32), "tf32" on GPUs, or "auto":
             "bf16" where the device has instructions for it, else "float32".
         alarm: stop when the chains travel this many times as far as they need to, see `alarm`; None: never.
-
-    Raises:
-        ValueError: a setting out of range.
     """
 
     updates: int = 100_000
@@ -68,11 +63,12 @@ class TrainConfig:
         for name in ("updates", "batch_size", "checkpoint_every", "horizon", "seed"):
             if (value := getattr(self, name)) is not None or name != "horizon":
                 object.__setattr__(self, name, integer(name, value, int(name != "seed")))  # NumPy's become Python's
-        for name, high in (("rate", 1), ("rate_final", 1), ("sigma", 10), ("sigma_final", 10), ("lower_from", 1),
-                           ("average", 1), ("alarm", 100)):  # fmt: skip
+        bounds = {"rate": (1e-12, 1), "rate_final": (1e-12, 1), "sigma": (0, 10), "sigma_final": (0, 10),
+                  "lower_from": (0, 1), "average": (0, 1 - 1e-9), "alarm": (1 + 1e-9, 100)}  # fmt: skip
+        for name, (low, high) in bounds.items():
             if (value := getattr(self, name)) is not None or name not in ("rate_final", "sigma_final", "alarm"):
-                if not 0 <= value <= high:
-                    raise ValueError(f"{name} must lie in 0 … {high}, got {value!r}")
+                if not low <= value <= high:
+                    raise ValueError(f"{name} must lie in {low:g} … {high:g}, got {value!r}")
                 object.__setattr__(self, name, float(value))
         resolved(self.precision, torch.device("meta"))
 
@@ -98,9 +94,7 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
     devices (`accelerate launch`), each rank runs its share of the m chains, and rank 0 alone writes.
 
     Args:
-        model: network, kernel and prior.
         images: observed examples, uint8 [n, C, H, W]; they stay where they are, a memory-mapped file for instance.
-        config: settings.
         resume: go on from config.checkpoint if it exists; False starts anew and overwrites it.
 
     Raises ValueError, at the call, where images, files, checkpoint or network (docs/your-own.md) do not fit; OSError
@@ -122,8 +116,7 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
 def _algorithm_1(model: ShortRun, images: Tensor, config: TrainConfig, state: Progress, locks) -> Iterator[Record]:
     f, kernel, device, main = model.f, model.kernel, model.device, ranks().is_main_process
     m, mine, shape = config.batch_size, share(config.batch_size), (config.batch_size, *model.shape)
-    precision = resolved(config.precision, device)
-    climbed = chain_copy(f, precision)
+    climbed = chain_copy(f, precision := resolved(config.precision, device))
     log = open_log(config.log, state.step) if config.log and main else None
     # one line a second: nbval loses messages of a cell that sends more than 1,000 of them
     bar = tqdm(range(state.step, config.updates), "Algorithm 1", mininterval=1.0, initial=state.step,
@@ -153,13 +146,11 @@ def _algorithm_1(model: ShortRun, images: Tensor, config: TrainConfig, state: Pr
             log(record)
         last = state.step == config.updates
         if config.checkpoint and (last or state.step % config.checkpoint_every == 0):
-            if main:
-                state.save(record)
-            state.resumes = True  # on all ranks
+            state.save(record, main)
         bar.set_postfix(d=f"{d:+.2f}", grad_norm=f"{force:.2f}", refresh=False)
         if last:
             state.finish(record)
-            ranks().wait_for_everyone()  # the checkpoint is there when any rank has finished
+            ranks().wait_for_everyone()  # then the checkpoint is there
             for lock in locks:
                 lock.path.unlink(missing_ok=True)
         yield record

@@ -12,6 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import nbconvert
 import nbformat
 import papermill
 import yaml
@@ -20,14 +21,12 @@ from parameters import Mistake, check, defaults, merged, read
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("SRMCMC_HOME", ROOT))
 FIGURES = Path(os.environ.get("SRMCMC_FIGURES", HOME / "figures"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
 def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout: int) -> Path:
     """Returns the notebook's folder: figures, HTML, executed notebook, manifest.json, and the stamp .done."""
-    import torch
-    from nbconvert import HTMLExporter
-
     entry, entries = f"{notebook.stem}@{variant}" if variant else notebook.stem, read(file)[0]
     if entry not in entries:
         raise Mistake(f"{file} has no entry {entry!r}; it has: {', '.join(entries)}")
@@ -41,6 +40,8 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
         executed = execute(notebook, so_far, entries[entry] | overrides, aside, cell_timeout)
         if strays := sorted(p.name for p in Path(aside).iterdir() if p != fresh):
             raise Mistake(f"{notebook} saved figures as {strays}: give plots.save {notebook.stem!r}")
+        import torch  # not above, because --check and the Snakefile need not wait for it
+
         manifest = {
             "notebook": notebook.stem, "profile": file.stem, "variant": variant, "parameters": values,
             "seconds": round(time.perf_counter() - started, 1), "threads": torch.get_num_threads(),
@@ -50,7 +51,7 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
         }  # fmt: skip
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         nbformat.write(executed, fresh / notebook.name)
-        html, _ = HTMLExporter().from_notebook_node(executed)
+        html, _ = nbconvert.HTMLExporter().from_notebook_node(executed)
         (fresh / f"{notebook.stem}.html").write_text(html, encoding="utf-8")
         (fresh / ".done").touch()
         if folder.exists():
@@ -77,7 +78,7 @@ def execute(notebook: Path, output: Path, values: dict, figures: str, cell_timeo
         for key in ("papermill", "execution", *([] if cell.metadata.get("tags") else ["tags"])):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":  # without their state, on which GitHub fails, widgets show nothing
-            cell.outputs = [o for o in cell.outputs if "jupyter.widget-view" not in str(o.get("data", {}).keys())]
+            cell.outputs = [o for o in cell.outputs if "data" not in o or (o["data"] and WIDGET not in o["data"])]
     return nbformat.from_dict(nb)
 
 

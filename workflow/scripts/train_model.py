@@ -37,10 +37,10 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
     """A recipe without `commit`, and (K, settings) of its stages; Mistake where it has a fault, in a late stage too."""
     recipe = read_yaml(file)
     kind, old = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
-    always = {"dataset", "limit", "network", "seed", kind}
     try:
-        if recipe.keys() - ({"select"} if kind == "stages" else set()) != always or not recipe[kind]:
-            raise ValueError(f"a recipe has {', '.join(sorted(always))} and may have select, not {', '.join(recipe)}")
+        optional = {"select"} if kind == "stages" else set()
+        if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
+            raise ValueError(f"a recipe has dataset, limit, network, seed and {kind}, not {', '.join(recipe)}")
         stages = [(s["steps"], {k: v for k, v in s.items() if k != "steps"}) for s in recipe[kind]]
         for i, (K, settings) in enumerate(stages):
             settings.setdefault("seed", recipe["seed"] + i * (kind == "moments"))
@@ -50,8 +50,8 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
                 settings["precision"] = precision or settings.get("precision", "auto")
                 Langevin(K), TrainConfig(**settings), settings["updates"]
         if rule := recipe.get("select"):
-            integer("select: first", rule["first"], 1, stages[-1][1]["updates"])
-            integer("select: samples", rule["samples"], 2), integer("select: seed", rule["seed"], 0)
+            for key, low, high in (("first", 1, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
+                integer(f"select: {key}", rule[key], low, high)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         elsewhere = f". It can be run at commit {old}" if old else ""
         raise Mistake(f"{file}: {type(error).__name__}: {error} (write numbers as in 1.0e-4){elsewhere}") from None
