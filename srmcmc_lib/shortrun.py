@@ -161,13 +161,13 @@ class ShortRun:
     @classmethod
     def load(
         cls, source: str | Path, f: nn.Module | None = None, device: torch.device | str = "cpu",
-        precision: str = "float32",
+        precision: str = "float32", kernel: Langevin | None = None,
     ) -> "ShortRun":  # fmt: skip
         """A saved model: a path, or the name of one shipped in srmcmc_lib/pretrained. Never unpickles.
 
         Args:
             source: a file, or a name such as "fashion_mnist"; FileNotFoundError where there is none.
-            f: the network to fill, needed only where it is neither an EnergyNet nor a LinearEnergy.
+            f, kernel: the network to fill and the kernel, where they are of classes of your own.
             device: where the network goes.
             precision: of f while sampling: "float32", "bf16", or "auto" (bf16 where it is native). The chain's state
                 and its update stay float32.
@@ -181,15 +181,14 @@ class ShortRun:
             raise ValueError(f"{path} holds NaN or infinite weights: take an earlier checkpoint")
         if f is None and network.get("class") not in list(NETWORKS):
             raise ValueError(f"{path} holds weights of a {network.get('class')}: build one and pass it as f=")
-        if "class" in meta["kernel"]:
-            raise ValueError(f"{path} has a {meta['kernel']['class']} of your own as kernel: load f's weights from it, "
-                             "keys f.*, and build ShortRun(f, kernel)")  # fmt: skip
+        if kernel is None and "class" in meta["kernel"]:
+            raise ValueError(f"{path} has a kernel {meta['kernel']['class']}: build one and pass it as kernel=")
         if f is not None and (here := cls(f).config["network"]) != network:
             raise ValueError(f"{path} holds the network {network}, but f is {here}")
         try:
             if f is None:  # the features' weights are in the file: their source is not asked for
                 f = _built(NETWORKS, network, **({"trained": False} if network["class"] == "LinearEnergy" else {}))
-            model = cls(f, Langevin(**meta["kernel"]), _built(PRIORS, meta["prior"]))
+            model = cls(f, kernel or Langevin(**meta["kernel"]), _built(PRIORS, meta["prior"]))
             f.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged or of another version, take another copy of it: {error}") from error

@@ -1,5 +1,7 @@
 """One file holds the whole model; damaged files, NaN and full disks are named; nothing is ever unpickled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,17 @@ def test_a_checkpoint_holds_everything(path):
     assert model.f.activation == "softplus" and model.training == {"d": -0.125, "note": "größer"}
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'shoes'.*'fashion_mnist', .*'moments_shallow'\]"):
         ShortRun.load("shoes")
+
+
+def test_a_kernel_of_ones_own_must_be_given_again(path):
+    class Clipped(Langevin):
+        def step(self, x, gradient, u):
+            return super().step(x, gradient, u).clamp(-1, 1)
+
+    file = replace(ShortRun.load(path), kernel=Clipped(7, 0.5, 0.02)).save(path)
+    with pytest.raises(ValueError, match="Clipped: build one and pass it as kernel="):
+        ShortRun.load(file)
+    assert ShortRun.load(file, kernel=Clipped(7, 0.5, 0.02)).sample(2, seed=0).abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", SHIPPED)
