@@ -32,7 +32,5 @@ from .progress import Record
 from .shortrun import ShortRun
 from .training import TrainConfig, train
 
-__all__ = [
-    "EnergyNet", "Gaussian", "Langevin", "LinearEnergy", "Record", "ShortRun", "TrainConfig", "Uniform",
-    "observed", "train",
-]  # fmt: skip
+__all__ = ["EnergyNet", "Gaussian", "Langevin", "LinearEnergy", "Record", "ShortRun", "TrainConfig", "Uniform",
+           "observed", "train"]  # fmt: skip

@@ -28,9 +28,8 @@ def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = plain({"format": FORMAT, "library": installed("srmcmc"), **meta})
-    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     with aside(path) as part:
-        save_file(tensors, part, {"srmcmc": json.dumps(meta)})
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"srmcmc": json.dumps(meta)})
     return path
 
 
@@ -47,11 +46,7 @@ def copy(source: str | Path, target: str | Path) -> None:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write to, which becomes `path` at the end and goes away after an error.
-
-    Raises:
-        OSError: the writing failed (a full disk, say); it names the file and says whether an old one stands.
-    """
+    """Gives a file beside `path` to write to, which becomes `path` at the end and goes away after an error."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -92,6 +87,7 @@ class Lock:
     """Keeps other processes from a file as long as it lives. The system takes away the lock of a killed process."""
 
     def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path.with_name(f".{path.name}.lock")
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
         try:
@@ -114,8 +110,6 @@ def claim(config) -> list[Lock]:
         other = suffix == ".csv" and path.is_file() and path.read_bytes()[:7] not in (b"", b"step,d,")
         if path.suffix != suffix or path.is_dir() or other:
             raise ValueError(f"{path} is not a {suffix} file that train may write to: give another name")
-    for path, _ in named:
-        path.parent.mkdir(parents=True, exist_ok=True)
     return [Lock(path) for path, _ in named]
 
 

@@ -29,8 +29,7 @@ def ranks() -> PartialState:
     return PartialState(cpu=no_gpu, timeout=timedelta(hours=2))  # others may wait while one prepares a data set
 
 
-if hasattr(os, "register_at_fork"):
-    # notebook_launcher forks the kernel, and the children must not inherit that the kernel was the only process
+if hasattr(os, "register_at_fork"):  # forked by notebook_launcher, a child must not think it is the only process
     os.register_at_fork(after_in_child=PartialState._reset_state)
 
 
@@ -81,10 +80,8 @@ def resolved(precision: str, device: torch.device) -> str:
 
 
 def chain_copy(f: nn.Module, precision: str) -> nn.Module:
-    """The network that the chain climbs: f itself, or for "bf16" a bfloat16 copy, which `refresh` brings up to date.
-
-    Autocast would convert the weights again at each of the K steps, which costs what bfloat16 gains.
-    """
+    """The network that the chain climbs: f itself, or for "bf16" a bfloat16 copy, which `refresh` brings up to date."""
+    # autocast would convert the weights again at each of the K steps, which costs what bfloat16 gains
     return copy.deepcopy(f).to(torch.bfloat16) if precision == "bf16" else f
 
 
@@ -99,9 +96,8 @@ def refresh(climbed: nn.Module, f: nn.Module) -> None:
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """On CUDA, "float32" means float32 in this block, not the TF32 that cuDNN takes by default; put back after it."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul) if device.type == "cuda" else ()
     with ExitStack() as after:
-        for b in backends:
+        for b in (torch.backends.cudnn, torch.backends.cuda.matmul) if device.type == "cuda" else ():
             after.callback(setattr, b, "allow_tf32", b.allow_tf32)
             b.allow_tf32 = precision != "float32"
         yield

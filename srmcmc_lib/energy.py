@@ -32,14 +32,10 @@ class EnergyNet(nn.Module):
     stage of stride 2. The paper's tables for 64 and 128 pixels are not known to us, so that rule is our assumption.
 
     Args:
-        channels: C, the image's channels (1 or 3 as a rule).
-        image_size: H = W in pixels, 5 … 1024. A size that is not a power of two is padded with zeros (mid-grey in
-            [-1, 1]) up to the next one (28 → 32), never stretched.
+        image_size: H = W in pixels, 5 … 1024 (else ValueError). A size that is not a power of two is padded with zeros
+            (mid-grey in [-1, 1]) up to the next one (28 → 32), never stretched.
         width: n_f, the base number of feature maps (paper: 32, 64, 128).
         activation: "leaky_relu" (slope 0.2, the paper), "silu", "gelu" or "softplus".
-
-    Raises:
-        ValueError: a size or width out of range, an unknown activation; at a call, images of another shape.
     """
 
     def __init__(self, channels: int, image_size: int, width: int = 32, activation: str = "leaky_relu"):
@@ -54,7 +50,6 @@ class EnergyNet(nn.Module):
         padded = 1 << (image_size - 1).bit_length()  # the next power of two
         before = (padded - image_size) // 2
         self.padding = (before, padded - image_size - before) * 2
-
         φ = ACTIVATIONS[activation][0]
         layers, maps = [nn.Conv2d(channels, width, 3, stride=1, padding=1), φ()], width
         for _ in range(padded.bit_length() - 3):  # halve padded down to 4
@@ -87,8 +82,7 @@ class EnergyNet(nn.Module):
 
         On its way down the gradient is painted by the filters of those units that were on: the picture that Xie et
         al. (2016) draw of a generative ConvNet. It equals automatic differentiation within rounding and is faster:
-        nothing is recorded, and derivatives are applied in place. In a bfloat16 copy of f the convolutions run in
-        bfloat16; the result has x's type.
+        nothing is recorded, and derivatives are applied in place. A bfloat16 copy of f returns x's type all the same.
         """
         *convolutions, top = self.layers[::2]
         times_derivative, h, inputs = ACTIVATIONS[self.activation][1], self._padded(x).to(top.weight.dtype), []
@@ -98,8 +92,7 @@ class EnergyNet(nn.Module):
         # f is linear in the last h. A copy: what follows writes to g, which for one image would be the weights.
         g = top.weight.expand_as(h).clone(memory_format=torch.channels_last)
         for convolution, h in zip(reversed(convolutions), reversed(inputs), strict=True):
-            g = times_derivative(g, h)
-            g = F.conv_transpose2d(g, convolution.weight, stride=convolution.stride, padding=1)
+            g = F.conv_transpose2d(times_derivative(g, h), convolution.weight, stride=convolution.stride, padding=1)
         g = g.to(x.dtype)
         return F.pad(g, [-p for p in self.padding]) if any(self.padding) else g
 

@@ -44,16 +44,8 @@ def solve_mle(world: GridWorld) -> Solution:
 def solve_mme(world: GridWorld, steps: int, start=None) -> Solution:
     """The short-run MME, E_{q_θ}[h] = E_data[h] with q_θ = p_0 P_θ^K; the Jacobian is E[h ∂q/∂θ], exact.
 
-    The problem is not convex: there may be other solutions, and a failure does not prove that there is none.
-
-    Args:
-        world: the grid world.
-        steps: K ≥ 1.
-        start: θ to start from, such as the solution for a neighbouring K; tried before θ_MLE, 2 θ_MLE and 4 θ_MLE
-            (short chains need steeper energies).
-
-    Raises:
-        NoMatch: no start led to a θ with these moments.
+    The problem is not convex: there may be other solutions, and a failure (NoMatch) does not prove that there is none.
+    Tried are `start`, such as θ of a neighbouring K, then θ_MLE, 2 θ_MLE, 4 θ_MLE (short chains need a steeper energy).
     """
 
     def model(θ):
@@ -84,11 +76,9 @@ def _solve(world: GridWorld, model: Callable, starts: list, steps: int | None) -
 
 def kl(p, q) -> float:
     """KL(p‖q) = Σ p log(p/q) in nats; infinite where q = 0 < p."""
-    p = probabilities("p", p)
-    return float(rel_entr(p, probabilities("q", q, len(p))).sum())
+    return float(rel_entr(probabilities("p", p), probabilities("q", q, len(p))).sum())
 
 
 def total_variation(p, q) -> float:
     """½ Σ |p − q|, from 0 to 1."""
-    p = probabilities("p", p)
-    return float(np.abs(p - probabilities("q", q, len(p))).sum() / 2)
+    return float(np.abs(probabilities("p", p) - probabilities("q", q, len(p))).sum() / 2)

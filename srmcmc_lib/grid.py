@@ -22,23 +22,16 @@ class GridWorld:
     From x_i, x_j is proposed with Q_ij ∝ exp(−|x_j − x_i − Δτ/2 f'(x_i)|² / 2Δτ), j over the points within `reach`·√Δτ
     of x_i. This set does not depend on θ, so Q is smooth in θ; and j is in the set of i if i is in that of j, so a
     Metropolis-Hastings test with this same Q makes p_θ exactly stationary, on the grid and with the cut-off.
-
-    Attributes:
-        x, h, dh: the points [n, D], the features h(x) [n, d] and their gradients ∂h/∂x [n, d, D].
-        p_data, p_0: the data distribution and the initial one, [n] each.
-        delta_tau: Δτ. The proposal's width √Δτ should be at least the grid's spacing.
-        reach: the cut-off in standard deviations √Δτ: 8 changes no digit, 5 the sixth.
-        adjusted: with the Metropolis-Hastings test; False is eq. (4) as the paper runs it.
     """
 
-    x: np.ndarray
-    h: np.ndarray
-    dh: np.ndarray
-    p_data: np.ndarray
-    p_0: np.ndarray
-    delta_tau: float = 0.02
-    reach: float = 8.0
-    adjusted: bool = True
+    x: np.ndarray  # the points [n, D]
+    h: np.ndarray  # the features h(x) [n, d]
+    dh: np.ndarray  # their gradients ∂h/∂x [n, d, D]
+    p_data: np.ndarray  # the data distribution [n]
+    p_0: np.ndarray  # the initial one [n]
+    delta_tau: float = 0.02  # Δτ; the proposal's width √Δτ should be at least the grid's spacing
+    reach: float = 8.0  # the cut-off in standard deviations √Δτ: 8 changes no digit, 5 the sixth
+    adjusted: bool = True  # with the Metropolis-Hastings test; False is eq. (4) as the paper runs it
 
     def __post_init__(self):
         if np.shape(self.dh) != (*np.shape(self.h), np.shape(self.x)[-1]):
@@ -88,8 +81,7 @@ class GridWorld:
         """q_θ [n] and ∂q_θ/∂θ [n, d], by ∂(qP) = (∂q) P + q ∂P through all K steps."""
         (n, d), (P, dP) = self.h.shape, self._transition(θ)
         P_T, dP_T = self._matrix(P).T.tocsr(), vstack([self._matrix(dP_b).T for dP_b in dP], format="csr")
-        state = np.zeros((n, 1 + d))  # q and its d derivatives, side by side
-        state[:, 0] = self.p_0
+        state = np.column_stack([self.p_0, np.zeros((n, d))])  # q and its d derivatives, side by side
         for _ in range(integer("steps (K)", steps)):
             forcing = (dP_T @ state[:, 0]).reshape(d, n).T
             state = P_T @ state
@@ -108,8 +100,7 @@ class GridWorld:
 
     def _transition(self, θ) -> tuple[np.ndarray, np.ndarray]:
         """P_θ [nnz] and ∂P_θ/∂θ [d, nnz] on the pairs."""
-        θ = self._θ(θ)
-        i, j, start, flip, diagonal, step = self._pairs
+        θ, (i, j, start, flip, diagonal, step) = self._θ(θ), self._pairs
         rows = start[:-1]
         drift = np.einsum("ndc,d->nc", self.dh, θ) / 2
         # −|step − Δτ drift|² / 2Δτ, without the term that is constant in a row
@@ -122,8 +113,7 @@ class GridWorld:
         if self.adjusted:
             f = self.h @ θ
             log_ratio = f[j] - f[i] + log_Q[flip] - log_Q
-            P *= np.exp(np.minimum(log_ratio, 0))
-            # log_ratio = 0 is a kink, where this is a one-sided derivative
+            P *= np.exp(np.minimum(log_ratio, 0))  # at 0 it has a kink, where the next line is a one-sided derivative
             dlog = np.where(log_ratio >= 0, dlog, (self.h[j] - self.h[i]).T + dlog[:, flip])
             P[diagonal] += 1 - np.add.reduceat(P, rows)  # a rejected move stays where it was
         dP = dlog * P

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Langevin:
-    """Constants of the short-run kernel: x ← x + s·f'(x) + ε·U, U ~ N(0, I), repeated K times.
+    """Constants of the kernel, checked when made: x ← x + s·f'(x) + ε·U, U ~ N(0, I), repeated K = `steps` times.
 
     Two conventions describe the same update. Both are tempered: run for ever with small steps, the chain would have
     the distribution exp(f/T), where that can be normalised.
@@ -24,19 +24,11 @@ class Langevin:
     steeper than f, so that the drift Δτ/2 · f'/T is f' itself.
 
     A kernel of your own is a dataclass with `steps`, `step_size` and `step`.
-
-    Attributes:
-        steps: K ≥ 1, the same in training and in evaluation (paper: 100).
-        step_size: s > 0, the drift coefficient (authors' code: 1).
-        noise: ε ≥ 0, the noise's standard deviation per step (authors' code: 0.01). 0 is plain gradient ascent.
-
-    Raises:
-        ValueError: a constant out of range.
     """
 
-    steps: int = 100
-    step_size: float = 1.0
-    noise: float = 0.01
+    steps: int = 100  # K ≥ 1, the same in training and in evaluation (paper: 100)
+    step_size: float = 1.0  # s > 0, the drift coefficient (authors' code: 1)
+    noise: float = 0.01  # ε ≥ 0, the noise's standard deviation per step (theirs: 0.01); 0 is plain gradient ascent
 
     def __post_init__(self):
         checked = integer("steps (K)", self.steps), float(self.step_size), float(self.noise)  # NumPy's numbers as well
@@ -90,13 +82,9 @@ def value(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def chain(f, z: Tensor, kernel: Langevin, U: Iterable[Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Eq. (4), K steps from z: yields the K pairs (x_k, f'(x_{k-1})), k = 1 … K.
+    """Eq. (4), K steps of f, [B, …] → [B], from x_0 = z ~ p_0, [B, …]: yields K pairs (x_k, f'(x_{k-1})), k = 1 … K.
 
-    Args:
-        f: the negative energy, [B, …] → [B].
-        z: the initial state x_0 ~ p_0, [B, …], not modified.
-        kernel: K, s and ε.
-        U: K tensors of N(0, I), each broadcastable to z; None runs the noise-free chain (u = 0).
+    U holds K tensors of N(0, I), each broadcastable to z; None runs the noise-free chain (u = 0).
     """
     x, U = z.detach(), iter(U) if U is not None else None
     for k in range(kernel.steps):

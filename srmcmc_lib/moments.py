@@ -82,11 +82,9 @@ def learn(
     η_t = rate / (1 + t/decay)^⅔. The average has weights of about t³ (Shamir and Zhang 2013).
 
     Args:
-        model: with a LinearEnergy; starts from its θ, and ends with the average as its θ.
-        data: E_data[h], [d].
+        model, data: with a LinearEnergy, whose θ starts the run and becomes the average at its end; E_data[h], [d].
         images: observed images, uint8 [n, C, H, W]. If θ = 0, eight of them stand for the chains' last states in the
             first G. (Without them, the first step was so long that training diverged.)
-        updates, batch_size, seed: T, the number of chains an update, and their seed.
         rate, decay: η_0, and the update at which it starts to fall.
         damping: λ as a fraction of G's largest eigenvalue.
         renew: G is computed again every so many updates, from eight chains' states half way and at the end.

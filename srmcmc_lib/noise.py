@@ -25,8 +25,7 @@ class Uniform:
             raise ValueError(f"Uniform needs low < high, got {self.low!r} and {self.high!r}")
 
     def draw(self, shape: tuple, generator: Generator) -> Tensor:
-        z = torch.rand(shape, generator=generator, device=generator.device)
-        return z * (self.high - self.low) + self.low
+        return self.low + (self.high - self.low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,11 @@ def streams(seed: int | Generator, purpose: int, start: int, n: int) -> list[Gen
     return [Generator().manual_seed((base + i) % 2**32) for i in range(start, start + n)]
 
 
-def chain_noise(
-    u: Noise, K: int, shape: tuple[int, int, int], n: int, start: int, device: torch.device
-) -> Iterator[Tensor] | None:
+def chain_noise(u: Noise, K: int, shape: tuple, n: int, start: int, device: torch.device) -> Iterator[Tensor] | None:
     """u as K float tensors of N(0, I) on the device, drawn or as given; None for the noise-free chain.
 
-    Args:
-        u: None, a seed or torch.Generator (images start … start + n − 1 take their own streams), or K tensors.
-        K: the chain's steps.
-        shape: (C, H, W) of one image.
-        n, start: which images.
-
-    Raises ValueError where u has another length (at once), another shape, NaN or infinity (when it is used).
+    From a seed or torch.Generator, images start … start + n − 1 of shape (C, H, W) take their own streams. ValueError
+    where K given tensors have another length (at once), another shape, NaN or infinity (when they are used).
     """
     if u is None:
         return None
@@ -125,10 +117,7 @@ MIXINGS = {"variance": variance, "linear": linear, "spherical": spherical}
 def mix(z1: Tensor, z2: Tensor, rhos: Sequence[float] | Tensor, mixing: str = "variance") -> Tensor:
     """The initial states between z_1 (ρ = 1) and z_2 (ρ = 0), figures 3 and 7: [B, C, H, W] twice → [B, R, C, H, W].
 
-    Args:
-        z1, z2: the two ends of each row, of one shape.
-        rhos: R ≥ 1 numbers in 0 … 1, in any order; ValueError where they are not.
-        mixing: "variance" (the paper's), "linear" or "spherical".
+    rhos holds R ≥ 1 numbers in 0 … 1, in any order; mixing is "variance" (the paper's), "linear" or "spherical".
     """
     if mixing not in MIXINGS:
         raise ValueError(f"mixing={mixing!r} is unknown; choose one of {', '.join(MIXINGS)}")

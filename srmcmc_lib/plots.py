@@ -46,9 +46,7 @@ def side_by_side(grids: dict[str, Tensor], columns: int = 8) -> Figure:
     return figure
 
 
-def strips(
-    rows: Sequence[Tensor] | dict[str, Tensor], labels: Sequence[str], title: str = "", split: int | None = None
-) -> Figure:
+def strips(rows: Sequence | dict, labels: Sequence[str], title: str = "", split: int | None = None) -> Figure:
     """Rows of images, each float [columns, C, H, W], under shared column labels: the paper's figures 1, 3 and 4.
 
     The keys of a dict are printed at the left; there is a gap before column `split`.
@@ -60,8 +58,7 @@ def strips(
         len(rows), len(widths), figsize=(0.75 * widths.sum() + margin, 0.75 * len(rows) + 0.42), squeeze=False,
         gridspec_kw={"width_ratios": widths, "wspace": 0.04, "hspace": 0.04},
     )  # fmt: skip
-    top = 1 - (0.42 if title else 0.2) / figure.get_figheight()
-    left = margin / figure.get_figwidth()
+    left, top = margin / figure.get_figwidth(), 1 - (0.42 if title else 0.2) / figure.get_figheight()
     figure.subplots_adjust(left=left, right=0.99, bottom=0.01, top=top)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -85,22 +82,19 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     figure, (left, right) = subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     before = 0
     for K, records in stages:
-        step = before + np.array([r.step for r in records])
-        window = min(smooth, len(step))
+        step, window = before + np.array([r.step for r in records]), min(smooth, len(records))
         for ax, values in ((left, [r.d for r in records]), (right, [K * r.grad_norm for r in records])):
             ax.plot(step, values, color="0.75", lw=0.8)
             mean = np.convolve(values, np.ones(window) / window, "valid")
             ax.plot(step[window - 1 :], mean, color="C0", lw=1.6, label="" if before else f"mean of {window}")
             if before:
                 ax.axvline(before, color="k", lw=0.6, ls=":")
-            top = ax.get_xaxis_transform()
-            ax.annotate(f"K = {K}", (step.mean(), 1.02), xycoords=top, ha="center", fontsize=7)
+            ax.annotate(f"K = {K}", (step.mean(), 1.02), xycoords=ax.get_xaxis_transform(), ha="center", fontsize=7)
         before = step[-1]
     left.axhline(0, color="k", lw=0.6)
     left.set(xlabel="update", ylabel=r"d = mean f($x^+$) − mean f($x^-$)")
     left.legend(frameon=False, fontsize=8)
-    right.set(xlabel="update", ylabel=r"$K \cdot \|\partial f/\partial x\|_2$")
-    right.set_ylim(bottom=0)
+    right.set(xlabel="update", ylabel=r"$K \cdot \|\partial f/\partial x\|_2$", ylim=(0, None))
     return figure
 
 
@@ -111,11 +105,10 @@ def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
     """
     figure, ax = subplots(figsize=(6.5, 3.4), layout="constrained")
     for i, (label, (x, values)) in enumerate(curves.items()):
-        values = np.asarray(values)
         low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=1)
         ax.plot(x, middle, color=f"C{i}", lw=1.6, label=label)
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.18, lw=0)
-        ax.plot(x, np.max(values, axis=1), ":", color=f"C{i}", lw=1)
+        ax.plot(x, np.asarray(values).max(axis=1), ":", color=f"C{i}", lw=1)
     ax.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {"ylim": (0, None)}))
     ax.legend(frameon=False, fontsize=8)
     return figure

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -94,9 +95,8 @@ class Progress:
     @torch.no_grad()
     def restore(self) -> None:
         """Goes on from the resume file, if there is one; ValueError where it is damaged or made with other settings."""
-        file = Path(self.config.checkpoint)
-        path, anew = resume_file(file), "pass resume=False to start anew"
-        if not path.exists():
+        file, anew = Path(self.config.checkpoint), "pass resume=False to start anew"
+        if not (path := resume_file(file)).exists():
             if file.exists():
                 raise ValueError(f"{file} is a model without {path.name}, the state of its run: load it with "
                                  f"ShortRun.load and train that under another name, or {anew}")  # fmt: skip
@@ -174,11 +174,8 @@ def open_log(path: str | Path, step: int) -> Callable[[Record], None]:
             raise OSError(f"the log {path} could not be written ({error}): free disk space, then train again; it goes "
                           "on from the last checkpoint") from error  # fmt: skip
 
-    if kept:
-        with checkpoint.aside(path) as part:  # a run killed here must find its rows
-            write(kept, "w", part)
-    else:
-        write([], "w")
+    with checkpoint.aside(path) if kept else nullcontext(path) as part:  # a run killed here must find its rows
+        write(kept, "w", part)
     return lambda record: write([record])
 
 

@@ -15,20 +15,12 @@ SOLVES = 3  # fixed-point iterations for each step of the inverted chain
 
 
 class Reconstruction(NamedTuple):
-    """What `reconstruct` found for B images.
+    """What `reconstruct` found for B images: z, x = M_θ(z, u), the errors on the way, and the states asked for."""
 
-    Attributes:
-        z: the best initial state seen, [B, C, H, W].
-        x: the reconstruction M_θ(z, u), [B, C, H, W].
-        errors: mean squared error per pixel of M_θ(z_t, u), t = 0 … iterations, [iterations + 1, B], over the pixels
-            that the mask leaves. It need not fall at every step; x has the column's minimum.
-        states: M_θ(z_t, u) at the iterations asked for by `keep`, [len(keep), B, C, H, W] (figure 4).
-    """
-
-    z: Tensor
-    x: Tensor
-    errors: Tensor
-    states: Tensor
+    z: Tensor  # the best initial state seen, [B, C, H, W]
+    x: Tensor  # the reconstruction M_θ(z, u), [B, C, H, W]; it has the smallest of its errors
+    errors: Tensor  # mean squared error per pixel that the mask leaves, t = 0 … iterations, [iterations + 1, B]
+    states: Tensor  # M_θ(z_t, u) at the iterations asked for by `keep`, [len(keep), B, C, H, W] (figure 4)
 
     @property
     def error(self) -> Tensor:
@@ -93,11 +85,10 @@ def reconstruct(
 ) -> Reconstruction:  # fmt: skip
     """The z whose image M_θ(z, u) is nearest to x: z_{t+1} = z_t − 2 η_t e_t, e_t from M_θ(z_t, u) − x (figure 4).
 
-    Every image is its own problem, from its own z_0 ~ p_0. The best z_t seen is returned, because the error need not
-    fall at every iteration. Neither η_t nor u is given in the paper.
+    Every image of x, [B, C, H, W] in [-1, 1], is its own problem, from its own z_0 ~ p_0 (`seed`). The best z_t seen is
+    returned, because the error need not fall at every iteration. Neither η_t nor u is given in the paper.
 
     Args:
-        x: images, floating point, in the data's range [-1, 1], [B, C, H, W].
         iterations: T ≥ 1; costs T + 1 runs of the chain, 4 T + 1 for "inverted".
         eta: the largest η_t > 0; None is 1/2 (a whole step) for "inverted", else 0.1.
         schedule: "cosine" (η_t falls to 0) or "constant"; None is "constant" for "inverted", else "cosine".
@@ -106,14 +97,11 @@ def reconstruct(
             step for any f. "inverted": through the inverted chain, for a smooth f; a few iterations reach the rounding
             of float32. "auto": "inverted" where f says that it is not piecewise linear and there is no mask, else
             "residual".
-        seed: draws every z_0.
         u: as in `trajectory`; one draw for all iterations. None, the noise-free chain, is our choice.
         keep: iterations whose M_θ(z_t, u) to return as `states`.
         mask: 1 where a pixel of x counts, 0 where it is unknown (inpainting); broadcasts to x. None: all count.
 
-    Raises:
-        ValueError: x of another shape, with NaN or not floating point; settings out of range; unknown names.
-        FloatingPointError: an image whose chain leaves the finite numbers at every iteration.
+    ValueError for x or settings that do not fit; FloatingPointError where all of an image's chains diverge.
     """
     iterations = integer("iterations", iterations)
     keep = [integer("an iteration to keep", t, 0, iterations) for t in keep]
@@ -130,9 +118,7 @@ def reconstruct(
     mask = torch.ones_like(x) if mask is None else torch.as_tensor(mask).to(x).expand_as(x)
     if not ((mask == 0) | (mask == 1)).all() or not mask.flatten(1).any(1).all():
         raise ValueError("mask must hold 1 where a pixel counts and 0 where not, and leave each image at least one")
-    U = model._noise(u, len(x))
-    U = None if U is None else list(U)
-
+    U = None if u is None else list(model._noise(u, len(x)))
     f, kernel, carry = model.f, model.kernel, CARRIES[gradient]
     z = best_z = best_x = model.draw_z(len(x), seed)
     best, errors, states = x.new_full(x.shape[:1], math.inf), [], {}

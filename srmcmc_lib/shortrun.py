@@ -91,12 +91,12 @@ class ShortRun:
             yield x
 
     def __call__(self, z: Tensor, u: Noise = None) -> Tensor:
-        """x = M_θ(z, u), eq. (7): the last state of `trajectory(z, u)`; FloatingPointError where it is not finite."""
+        """x = M_θ(z, u), eq. (7): the last state of `trajectory(z, u)`; FloatingPointError where it ran away."""
         for x in self.trajectory(z, u):
             pass
-        if not x.isfinite().all():
-            raise FloatingPointError(f"the chain left the finite numbers within K = {self.kernel.steps} steps: f is "
-                                     "too steep; use the kernel of its training, or an earlier checkpoint")  # fmt: skip
+        if not x.abs().max() < 1e6:  # images lie in [-1, 1], long chains in the hundreds
+            raise FloatingPointError(f"the chain ran away within K = {self.kernel.steps} steps, to |x| = "
+                                     f"{x.abs().max():.3g}: f is too steep; use the kernel of its training")  # fmt: skip
         return x
 
     def sample(self, n: int, seed: int | Generator, batch_size: int = 64) -> Tensor:

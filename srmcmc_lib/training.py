@@ -23,41 +23,24 @@ NORMAL = Gaussian()  # N(0, I)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of Algorithm 1, checked when made. The defaults for rate, σ and m are those of the authors' public code.
+    """Settings of Algorithm 1, checked when made. The defaults of rate, σ and m are the authors' (public code)."""
 
-    Attributes:
-        updates: T, the number of updates in all, those before a resume included.
-        batch_size: m, observed and synthesised images per update.
-        sigma: σ of the noise added to observed images: the smaller the better while training is stable; σ ≥ 2 ε.
-        rate, rate_final, sigma_final: η, Adam's learning rate; what η and σ are lowered to, None: constant.
-        lower_from: the fraction of the updates after which both are lowered, along half a cosine (our choice).
-        horizon: the updates over which the schedules stretch; None: `updates`. A shorter run can be prolonged later.
-        average: decay of a running average of θ, which checkpoints hold and the run ends with; 0: none (the paper).
-        seed: of all random numbers: which images, their noise, z, u.
-        checkpoint: a .safetensors file, written every `checkpoint_every` updates and at the end; NAME.resume.pt beside
-            it has what a stopped run needs to go on.
-        log, progress: a .csv file with one row an update, and whether to show a progress bar.
-        precision: of f in the chain: "float32", "bf16" (of a copy; the rest stays float32), "tf32" on GPUs, or "auto":
-            "bf16" where the device has instructions for it, else "float32".
-        alarm: stop when the chains travel this many times as far as they need to, see `alarm`; None: never.
-    """
-
-    updates: int = 100_000
-    batch_size: int = 64
-    rate: float = 1e-4
-    sigma: float = 0.03
-    rate_final: float | None = None
-    sigma_final: float | None = None
-    lower_from: float = 0.8
-    horizon: int | None = None
-    average: float = 0.0
-    seed: int = 0
-    checkpoint: str | None = None
-    checkpoint_every: int = 100
-    log: str | None = None
-    progress: bool = True
-    precision: str = "float32"
-    alarm: float | None = 1.6
+    updates: int = 100_000  # T, the number of updates in all, those before a resume included
+    batch_size: int = 64  # m, observed and synthesised images per update
+    rate: float = 1e-4  # η, Adam's learning rate
+    sigma: float = 0.03  # σ of the noise added to observed images: smaller is better while training is stable; σ ≥ 2 ε
+    rate_final: float | None = None  # what η is lowered to; None: constant
+    sigma_final: float | None = None  # what σ is lowered to; None: constant
+    lower_from: float = 0.8  # the fraction of the updates after which both fall, along half a cosine (our choice)
+    horizon: int | None = None  # updates over which the schedules stretch, for a run to be prolonged; None: `updates`
+    average: float = 0.0  # decay of a running mean of θ, which checkpoints hold and the run ends with; 0: none (paper)
+    seed: int = 0  # of all random numbers: which images, their noise, z, u
+    checkpoint: str | None = None  # a .safetensors file; NAME.resume.pt beside it has what a stopped run needs to go on
+    checkpoint_every: int = 100  # updates after which both are written, as they are at the end
+    log: str | None = None  # a .csv file, one row an update
+    progress: bool = True  # show a progress bar
+    precision: str = "float32"  # of f in the chain; "bf16" (a copy of f), "tf32" on GPUs, or "auto": bf16 where native
+    alarm: float | None = 1.6  # stop when chains travel this many times as far as needed, see `alarm`; None: never
 
     def __post_init__(self):
         for name in ("updates", "batch_size", "checkpoint_every", "horizon", "seed"):
@@ -81,8 +64,7 @@ class TrainConfig:
         return self._lowered(self.sigma, self.sigma_final, t)
 
     def _lowered(self, start: float, final: float | None, t: int) -> float:
-        if final is None:
-            return start
+        final = start if final is None else final
         progress = (t / (self.horizon or self.updates) - self.lower_from) / max(1 - self.lower_from, 1e-12)
         return final + (start - final) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
@@ -93,9 +75,8 @@ def train(model: ShortRun, images: Tensor, config: TrainConfig, resume: bool = T
     A run that was stopped and is resumed equals the run never stopped, bit for bit on the same CPU. Started on several
     devices (`accelerate launch`), each rank runs its share of the m chains, and rank 0 alone writes.
 
-    Args:
-        images: observed examples, uint8 [n, C, H, W]; they stay where they are, a memory-mapped file for instance.
-        resume: go on from config.checkpoint if it exists; False starts anew and overwrites it.
+    The observed images, uint8 [n, C, H, W], stay where they are, in a memory-mapped file for instance. `resume` goes on
+    from config.checkpoint if it exists; False starts anew and overwrites it.
 
     Raises ValueError, at the call, where images, files, checkpoint or network (docs/your-own.md) do not fit; OSError
     where a file cannot be written; FloatingPointError where training diverges, or is about to.

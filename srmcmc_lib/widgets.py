@@ -22,15 +22,10 @@ def explore(draw: Callable[..., object], seed: int, **scales: tuple[Sequence, ob
     A drag redraws the figure at once, so compute whatever is slow once for each seed (functools.cache), and only look
     it up in draw.
 
-    Args:
-        draw: makes the figure.
-        seed: the first seed; each press of the button adds 1.
-        scales: for each further argument of draw, the values to choose from and the first value.
+    Each press of the button adds 1 to the seed. `scales` holds, for each further argument of draw, the values to choose
+    from and the first value.
     """
-    handles = {
-        name: SelectionSlider(options=list(values), value=value, description=name)
-        for name, (values, value) in scales.items()
-    }
+    handles = {k: SelectionSlider(options=list(v), value=first, description=k) for k, (v, first) in scales.items()}
     box = interactive(lambda **chosen: draw(seed=seed, **chosen), SHOW, **handles)
     button, shown = Button(description="new seed"), Label(f"seed {seed}")
 

@@ -82,7 +82,8 @@ MISTAKES = {
     "eta must be positive and finite, got nan": lambda: MODEL.reconstruct(Z, eta=NAN),
     "gradient='exact' is unknown; choose one of residual, adjoint": lambda: MODEL.reconstruct(Z, gradient="exact"),
     "leave each image at least one": lambda: MODEL.reconstruct(Z, mask=torch.zeros(8, 8)),
-    "left the finite numbers within K = 9 steps": lambda: ShortRun(MODEL.f, Langevin(9, noise=1e38)).sample(2, 0),
+    "ran away within K = 9 steps": lambda: ShortRun(MODEL.f, Langevin(9, noise=1e38)).sample(2, 0),
+    "ran away within K = 7 steps": lambda: ShortRun(MODEL.f, Langevin(7, 1e9)).sample(2, 0),  # finite, and no images
     "left the finite numbers at every iteration": lambda: MODEL.reconstruct(Z + 1e30),
     "x must be floating point": lambda: MODEL.reconstruct(Z.byte()),
 }  # fmt: skip
