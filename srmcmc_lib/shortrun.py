@@ -96,7 +96,7 @@ class ShortRun:
             pass
         if not x.abs().max() < 1e6:  # images lie in [-1, 1], long chains in the hundreds
             raise FloatingPointError(f"the chain ran away within K = {self.kernel.steps} steps, to |x| = "
-                                     f"{x.abs().max():.3g}: f is too steep; use the kernel of its training")  # fmt: skip
+                                     f"{x.abs().max():.3g}: f is too steep; use the kernel of training")  # fmt: skip
         return x
 
     def sample(self, n: int, seed: int | Generator, batch_size: int = 64) -> Tensor:
