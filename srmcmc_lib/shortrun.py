@@ -28,22 +28,15 @@ def _built(classes: dict, config: dict, **more):
 class ShortRun:
     """The learned model q_θ, eq. (5) and (7): z ~ p_0, x = M_θ(z, u), K Langevin steps toward f_θ, not one more.
 
-    Attributes:
-        f: the negative energy, [B, C, H, W] → [B]: any module with `channels` and `image_size`.
-        kernel: K, s and ε; part of the model, so stored with it.
-        prior: p_0, Uniform(-1, 1) (the paper) or Gaussian.
-        dataset: the name given to `observed` when the model was trained.
-        training: a record of the training (settings, updates, seconds), JSON-compatible.
-
     A seed always means: image i has streams of its own for z and for the chain's noise u, made from (seed, i). So
     image i of a seed has the same z and u whatever the batch size, the number of images or the device.
     """
 
-    f: nn.Module
-    kernel: Langevin = field(default_factory=Langevin)
-    prior: Uniform | Gaussian = field(default_factory=Uniform)
-    dataset: str = ""
-    training: dict = field(default_factory=dict)
+    f: nn.Module  # the negative energy, [B, C, H, W] → [B]: any module with `channels` and `image_size`
+    kernel: Langevin = field(default_factory=Langevin)  # K, s and ε; part of the model, so stored with it
+    prior: Uniform | Gaussian = field(default_factory=Uniform)  # p_0, U(-1, 1) in the paper
+    dataset: str = ""  # the name given to `observed` when the model was trained
+    training: dict = field(default_factory=dict)  # its record (settings, updates, seconds), JSON-compatible
 
     def __post_init__(self):
         if type(self.prior) not in PRIORS.values():  # a checkpoint could not be read back
@@ -78,17 +71,13 @@ class ShortRun:
     def trajectory(self, z: Tensor, u: Noise = None) -> Iterator[Tensor]:
         """Yields the K + 1 states of the chain from z [B, C, H, W], each [B, C, H, W]; `*path, x = …` gives both.
 
-        Args:
-            z: the initial state.
-            u: the chain's noise: None for the noise-free chain (u = 0), a seed or torch.Generator (image i takes
-                noise stream i), or K tensors that broadcast to z (one [K, 1, C, H, W] tensor shares noise).
-
-        Raises ValueError where z or u has a wrong shape, NaN or infinity.
+        u is the chain's noise: None for the noise-free chain (u = 0), a seed or torch.Generator (image i takes noise
+        stream i), or K tensors that broadcast to z (one [K, 1, C, H, W] tensor shares noise). ValueError where z or u
+        has a wrong shape, NaN or infinity.
         """
         z = self._checked(z)
         yield z
-        for x, _ in chain(self.f, z, self.kernel, self._noise(u, len(z))):
-            yield x
+        yield from (x for x, _ in chain(self.f, z, self.kernel, self._noise(u, len(z))))
 
     def __call__(self, z: Tensor, u: Noise = None) -> Tensor:
         """x = M_θ(z, u), eq. (7): the last state of `trajectory(z, u)`; FloatingPointError where it ran away."""
@@ -117,13 +106,9 @@ class ShortRun:
         say what u is here; the noise-free chain is our default, because then only ρ changes along a row.
 
         Args:
-            z1, z2: the initial states at the ends of B rows.
-            rhos: R ≥ 1 numbers in 0 … 1.
+            rhos, mixing: R ≥ 1 numbers in 0 … 1; "variance" (the paper's rule), "linear" or "spherical", see `mix`.
             u: as in `trajectory`, row b taking noise stream b, shared along the row.
-            mixing: "variance" (the paper's rule), "linear" or "spherical", see `noise.mix`.
-            fresh: gives every image noise of its own instead: image r of row b takes stream (or image) b·R + r of u.
-
-        Raises ValueError where shapes, ρ or u do not fit, and for fresh noise without u.
+            fresh: gives each image noise of its own, and needs u: image r of row b takes stream (or image) b·R + r.
         """
         z = mix(self._checked(z1, "z1"), self._checked(z2, "z2"), rhos, mixing)
         if fresh and u is None:
@@ -165,14 +150,9 @@ class ShortRun:
     ) -> "ShortRun":  # fmt: skip
         """A saved model: a path, or the name of one shipped in srmcmc_lib/pretrained. Never unpickles.
 
-        Args:
-            source: a file, or a name such as "fashion_mnist"; FileNotFoundError where there is none.
-            f, kernel: the network to fill and the kernel, where they are of classes of your own.
-            device: where the network goes.
-            precision: of f while sampling: "float32", "bf16", or "auto" (bf16 where it is native). The chain's state
-                and its update stay float32.
-
-        Raises ValueError where the file is damaged or something else, or its weights do not fit or are not finite.
+        f and kernel are the network to fill and the kernel, where they are of classes of your own. precision is that of
+        f while sampling: "float32", "bf16", or "auto" (bf16 where it is native); the chain's state and its update stay
+        float32. ValueError where the file is damaged or something else, or its weights do not fit or are not finite.
         """
         path = checkpoint.find(source)
         meta, tensors = checkpoint.read(path)
