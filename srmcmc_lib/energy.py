@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 aten = torch.ops.aten
+ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains are inverted within rounding, those of 0.1 are not quite
 # Each activation φ, and g ← g·φ'(h) in place, h being φ's input. (LeakyReLU's derivative only needs the sign of h,
 # which its output shares: `gradient` overwrites h with φ(h).)
 ACTIVATIONS = {
@@ -21,7 +22,19 @@ ACTIVATIONS = {
     "silu": (nn.SiLU, lambda g, h: aten.silu_backward.grad_input(g, h, grad_input=g)),
     "gelu": (nn.GELU, lambda g, h: aten.gelu_backward.grad_input(g, h, grad_input=g)),
     "softplus": (nn.Softplus, lambda g, h: aten.softplus_backward.grad_input(g, h, 1, 20, grad_input=g)),
+    "rounded": (  # our addition: with it the chain can be inverted
+        lambda: RoundedLeakyReLU(),
+        lambda g, h: g.mul_(torch.rsub(h.clamp_(-ROUNDING, ROUNDING), 0.6, alpha=-0.4 / ROUNDING)),
+    ),
 }
+
+
+class RoundedLeakyReLU(nn.Module):
+    """LeakyReLU with a rounded kink: between −r and r the slope goes linearly from 0.2 to 1 (r = ROUNDING)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        c = h.clamp(-ROUNDING, ROUNDING)
+        return 0.6 * h + 0.4 * (c * (h - c / 2) / ROUNDING + ROUNDING / 2)
 
 
 class EnergyNet(nn.Module):
@@ -35,7 +48,8 @@ class EnergyNet(nn.Module):
         image_size: H = W in pixels, 5 … 1024 (else ValueError). A size that is not a power of two is padded with zeros
             (mid-grey in [-1, 1]) up to the next one (28 → 32), never stretched.
         width: n_f, the base number of feature maps (paper: 32, 64, 128).
-        activation: "leaky_relu" (slope 0.2, the paper), "silu", "gelu" or "softplus".
+        activation: "leaky_relu" (slope 0.2, the paper), "silu", "gelu", "softplus", or "rounded":
+            LeakyReLU with a rounded kink (our addition).
     """
 
     def __init__(self, channels: int, image_size: int, width: int = 32, activation: str = "leaky_relu"):

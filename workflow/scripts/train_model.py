@@ -1,7 +1,8 @@
 """Trains a model by a recipe: the name of one in workflow/recipes, or a .yaml file like them.
 
 Of the last stage's checkpoints from update `select: first` on, the one whose samples are nearest to the training images
-is kept. Instead of stages, `moments` has settings of `moments.learn`. A stopped run goes on from its last checkpoint.
+is kept. `start` is a model whose weights are trained on. Instead of stages, `moments` has settings of `moments.learn`.
+A stopped run goes on from its last checkpoint.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
     recipe = read_yaml(file)
     kind, old = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
     try:
-        optional = {"select"} if kind == "stages" else set()
+        optional = {"select", "start"} if kind == "stages" else set()
         if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
             raise ValueError(f"a recipe has dataset, limit, network, seed and {kind}, not {', '.join(recipe)}")
         stages = [(s["steps"], {k: v for k, v in s.items() if k != "steps"}) for s in recipe[kind]]
@@ -91,6 +92,8 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
     embed(images[:1]) if rule else None  # fail before training if the classifier does not take such images
     torch.manual_seed(recipe["seed"])
     model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stages[0][0]), dataset=recipe["dataset"]).to(device)
+    if "start" in recipe:  # another model's weights
+        model.f.load_state_dict(ShortRun.load(recipe["start"]).f.state_dict())
     for i, ((K, _), config) in enumerate(zip(stages, configs, strict=True), start=1):
         model = grow(model, K)
         if trained and Path(config.checkpoint).exists():
