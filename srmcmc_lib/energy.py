@@ -20,8 +20,6 @@ ACTIVATIONS = {
         lambda g, h: aten.leaky_relu_backward.grad_input(g, h, 0.2, True, grad_input=g),
     ),
     "silu": (nn.SiLU, lambda g, h: aten.silu_backward.grad_input(g, h, grad_input=g)),
-    "gelu": (nn.GELU, lambda g, h: aten.gelu_backward.grad_input(g, h, grad_input=g)),
-    "softplus": (nn.Softplus, lambda g, h: aten.softplus_backward.grad_input(g, h, 1, 20, grad_input=g)),
     "rounded": (  # our addition: with it the chain can be inverted
         lambda: RoundedLeakyReLU(),
         lambda g, h: g.mul_(torch.rsub(h.clamp_(-ROUNDING, ROUNDING), 0.6, alpha=-0.4 / ROUNDING)),
@@ -34,7 +32,7 @@ class RoundedLeakyReLU(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         c = h.clamp(-ROUNDING, ROUNDING)
-        return 0.6 * h + 0.4 * (c * (h - c / 2) / ROUNDING + ROUNDING / 2)
+        return (0.6 * h + 0.2 * ROUNDING).addcmul_(c, h.sub(c, alpha=0.5), value=0.4 / ROUNDING)
 
 
 class EnergyNet(nn.Module):
@@ -48,8 +46,7 @@ class EnergyNet(nn.Module):
         image_size: H = W in pixels, 5 … 1024 (else ValueError). A size that is not a power of two is padded with zeros
             (mid-grey in [-1, 1]) up to the next one (28 → 32), never stretched.
         width: n_f, the base number of feature maps (paper: 32, 64, 128).
-        activation: "leaky_relu" (slope 0.2, the paper), "silu", "gelu", "softplus", or "rounded":
-            LeakyReLU with a rounded kink (our addition).
+        activation: "leaky_relu" (slope 0.2, the paper), "silu", or "rounded": LeakyReLU with a rounded kink.
     """
 
     def __init__(self, channels: int, image_size: int, width: int = 32, activation: str = "leaky_relu"):

@@ -11,13 +11,13 @@ from torch import nn
 
 from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, checkpoint
 
-SHIPPED = ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_silu", "moments_deep", "moments_shallow"]
+SHIPPED = ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_smooth", "moments_deep", "moments_shallow"]
 
 
 @pytest.fixture
 def path(tmp_path):
     """A model in which nothing is at its default, made with NumPy's numbers."""
-    f, kernel = EnergyNet(3, np.int64(12), width=3, activation="softplus"), Langevin(7, 0.5, 0.02)
+    f, kernel = EnergyNet(3, np.int64(12), width=3, activation="silu"), Langevin(7, 0.5, 0.02)
     model = ShortRun(f, kernel, Gaussian(np.float64(0.7)), "folder:/my", {"d": np.float32(-0.125), "note": "größer"})
     return model.save(tmp_path / "new" / "my.safetensors")
 
@@ -25,7 +25,7 @@ def path(tmp_path):
 def test_a_checkpoint_holds_everything(path):
     model = ShortRun.load(str(path))
     assert (model.kernel, model.prior, model.dataset) == (Langevin(7, 0.5, 0.02), Gaussian(0.7), "folder:/my")
-    assert model.f.activation == "softplus" and model.training == {"d": -0.125, "note": "größer"}
+    assert model.f.activation == "silu" and model.training == {"d": -0.125, "note": "größer"}
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'shoes'.*'fashion_mnist', .*'moments_shallow'\]"):
         ShortRun.load("shoes")
 
@@ -61,19 +61,17 @@ def test_an_interrupted_save_or_a_full_disk_leaves_the_old_checkpoint(path, monk
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["my.safetensors"]
 
 
-def rewritten(path, bias, **more):  # right names, another content
+def rewritten(path, bias):  # right names, another content
     meta, tensors = checkpoint.read(path)
-    checkpoint.write(path, meta | more, tensors | {"f.layers.0.bias": torch.tensor(bias)})
+    checkpoint.write(path, meta, tensors | {"f.layers.0.bias": torch.tensor(bias)})
 
 
 DAMAGE = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[:-10]),
     "a pickle": lambda p: p.write_bytes(b"cos\n_exit\n(I1\ntR."),  # would end this process
     "foreign": lambda p: save_file({"w": torch.zeros(2)}, p, {"format": "pt"}),
-    "null settings": lambda p: rewritten(p, [0.0] * 3, kernel={"steps": 7, "step_size": None, "noise": 0.02}),
     "another shape": lambda p: rewritten(p, [0.0] * 4),
     "NaN": lambda p: rewritten(p, [0.0, 0.0, float("nan")]),
-    "infinity": lambda p: rewritten(p, [0.0, 0.0, float("-inf")]),
 }
 
 

@@ -1,6 +1,5 @@
 """Folders of any images; the paper's data sets, tiny but in their true formats; the prepared files."""
 
-import json
 import os
 import tracemalloc
 from pathlib import Path
@@ -10,7 +9,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image
 from tiny_sets import accept, write_celeba, write_cifar10, write_lsun
 
 from srmcmc_lib import images, observed
@@ -66,15 +65,6 @@ def test_images_come_in_path_order_from_the_whole_tree_and_its_links(folder, tmp
     assert x.shape == (4, 3, 8, 8) and x.dtype == torch.uint8 and colours(x) == [RED, BLUE, GREEN, BLUE]
 
 
-def test_pillow_decides_what_is_an_image_not_the_name(folder):
-    formats = {"jfif": "JPEG", "jpe": "JPEG", "tga": "TGA", "ppm": "PPM", "no_suffix": "PNG"}
-    formats |= {"jp2": "JPEG2000"} if features.check("jpg_2000") else {}
-    for suffix, kind in formats.items():
-        put(folder, f"1.{suffix}", RED, format=kind)
-    red = torch.tensor(RED)[:, None, None].expand(len(formats), 3, 8, 8)
-    torch.testing.assert_close(look(folder).float(), red.float(), rtol=0, atol=5)  # lossy
-
-
 def test_grey_images_give_one_channel_and_a_coloured_one_makes_it_three(folder):
     put(folder, "1.png", np.full((9, 9), 77, np.uint8))
     put(folder, "2.png", np.full((9, 9), 0x4D12, np.uint16))  # 16 bits: scaled, not clipped
@@ -88,10 +78,7 @@ def test_grey_images_give_one_channel_and_a_coloured_one_makes_it_three(folder):
 def test_transparency_is_laid_on_white(folder):
     for i, image in enumerate([(*RED, 255), (*RED, 0), (0, 0, 0, 51), np.full((9, 9, 2), (7, 0), np.uint8)]):
         put(folder, f"{i}.png", image)
-    palette = Image.new("RGB", (8, 8), GREEN).quantize(4)
-    palette.save(folder / "5.png")
-    palette.save(folder / "6.gif", transparency=palette.getpixel((0, 0)))
-    assert colours(look(folder)) == [RED, (255,) * 3, (204,) * 3, (255,) * 3, GREEN, (255,) * 3]
+    assert colours(look(folder)) == [RED, (255,) * 3, (204,) * 3, (255,) * 3]
 
 
 def test_images_are_turned_by_their_exif_cropped_at_the_centre_and_resized(folder):
@@ -135,12 +122,6 @@ def test_every_file_is_read_or_named_in_one_warning(folder, monkeypatch):
             assert colours(observed(f"folder:{folder}", 8)) == [RED]
         assert len(seen) == 1 and seen[0].filename == __file__  # it points at the caller
         assert all(str(file) in str(seen[0].message) for file in named)
-    for i in range(50):
-        (folder / f"{i:02}.txt").touch()
-    with pytest.warns(UserWarning, match=r"56 of 57 files .*\.json; delete it") as seen:
-        look(folder)
-    listing = Path(str(seen[0].message).split("(all: ")[1].split(";")[0])  # not all fit into the warning
-    assert len(json.loads(listing.read_text())["unread"]) == 56
 
 
 def test_no_readable_image_is_an_error_and_leaves_nothing(folder, data):
@@ -248,9 +229,6 @@ def test_damage_to_lsun_is_named_and_can_be_mended_in_the_same_process(written, 
         key = next(txn.cursor().iternext(values=False))
         txn.put(key, txn.get(key)[:500])
     with pytest.raises(ValueError, match=f"1 of 20 images could not be read: {key.decode()}"):
-        observed("lsun_bedroom", 32)
-    (root / "data.mdb").write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"bedroom_train_lmdb is damaged or incomplete .*fyu/lsun"):
         observed("lsun_bedroom", 32)
     (root / "data.mdb").write_bytes(good)
     assert len(observed("lsun_bedroom", 32, limit=3)) == 3

@@ -40,12 +40,6 @@ def test_strips_put_rows_down_and_labels_across(images):
     assert c - b > 1.2 * (b - a)  # the gap
 
 
-def test_strips_name_the_rows_of_a_dict(images):
-    rows = {"a long name": images[:3], "b": images[3:]}
-    named = [ax for ax in plots.strips(rows, ["1", "2", "3"]).axes if ax.texts]
-    assert [ax.texts[0].get_text() for ax in named] == list(rows) and [drawn(ax)[0, 0, 0] for ax in named] == [0, 153]
-
-
 def test_curves_draw_the_records():
     records = [Record(step, d=step % 3 - 1, grad_norm=2.0, rate=1e-4, sigma=0.03, seconds=0.0) for step in range(1, 31)]
     left, right = plots.training_curves([(20, records)], smooth=3).axes
@@ -53,15 +47,6 @@ def test_curves_draw_the_records():
     np.testing.assert_allclose(left.lines[1].get_ydata(), 0, atol=1e-12)  # mean of three consecutive d
     np.testing.assert_allclose(right.lines[1].get_ydata(), 40.0)  # K·‖∂f/∂x‖
     assert len(left.lines[1].get_xdata()) == 28
-
-
-def test_curves_put_one_stage_after_the_other():
-    stage = [Record(step, d=1.0, grad_norm=2.0, rate=1e-4, sigma=0.03, seconds=0.0) for step in range(1, 6)]
-    _, right = plots.training_curves([(20, stage), (50, stage[:3])], smooth=2).axes
-    first, _, second, _, mark = right.lines
-    assert first.get_xydata().tolist() == [[step, 40.0] for step in range(1, 6)]
-    assert second.get_xydata().tolist() == [[step, 100.0] for step in range(6, 9)]
-    assert set(mark.get_xdata()) == {5} and [text.get_text() for text in right.texts] == ["K = 20", "K = 50"]
 
 
 def test_save_writes_png_and_pdf_with_the_same_bytes_each_time(images, tmp_path, monkeypatch):

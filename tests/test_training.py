@@ -199,15 +199,6 @@ def test_bad_settings_are_refused(name, value):
         TrainConfig(**{name: value})
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
-    """To the first checkpoint and back: its metadata is JSON."""
-    kernel = Langevin(np.int64(3), np.float32(1.0), np.float64(0.05))
-    settings = dict(batch_size=np.uint8(4), rate=np.float64(1e-3), sigma=np.float32(0.05), average=np.float16(0.5),
-                    seed=np.uint64(7), alarm=np.float32(2), checkpoint=tmp_path / "c.safetensors")  # fmt: skip
-    list(train(replace(tiny(), kernel=kernel), IMAGES, config(updates=np.int32(2), **settings)))
-    assert [r.step for r in train(tiny(), IMAGES, config(updates=np.int64(3), **settings))] == [3]
-
-
 class Broken(Linear):
     """Breaks the model contract as it is told."""
 

@@ -74,13 +74,9 @@ WRONG = {
     "00_toy: {step: 3}": r"00_toy: step is not a parameter of .*steps, rate",
     "00_toy: {steps: 2.5}": "steps=2.5 is not int",
     "00_toy: {rate: 1e-4}": "rate='1e-4' is not float like 0.1 is; write numbers as in 1.0e-4",
-    "00_toy: {live: 1}": "live=1 is not bool",
-    "00_toy: {sizes: [1, x]}": r"sizes=\[1, 'x'\]",
     "00_toy: {steps: 1, steps: 2}": "given twice, after line 0",
     "00_toi: {}": "00_toi.ipynb is not a notebook: FileNotFoundError",
     "00_toy@a/b: {}": "00_toy@a/b must be",
-    "resources: {gpus: 1}": "resources: gpus: 1",
-    "[steps]": "must map names",
     "# größer": "cannot be read as YAML in UTF-8",
 }
 
@@ -135,9 +131,6 @@ def test_in_place_refreshes_the_outputs_and_nothing_else(home, monkeypatch):
     cells = nbformat.read(notebook, 4).cells
     assert cells[1].outputs == [] and cells[2].outputs[0].data == {"text/plain": "4"}
     assert not any("papermill" in cell.metadata for cell in cells) and not (home / "figures").exists()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--cell-timeout", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        run_notebook.main()
 
 
 def test_the_graph_runs_again_what_changed_and_keeps_figures_of_what_fails(home):
@@ -218,11 +211,9 @@ def test_the_checkpoint_nearest_to_the_training_images_is_kept(tmp_path, monkeyp
 
 
 FAULTS = {
-    "path.*commit abc": {"stages": [*TINY["stages"], {"steps": 2, "updates": 1, "path": 2.4}], "commit": "abc"},
     r"as in 1\.0e-4": {"stages": [*TINY["stages"], {"steps": 2, "updates": 1, "rate": "1e-4"}]},
     "updates": {"stages": [{"steps": 2}]},
     "stagse": {"stagse": []},
-    "tiny.yaml": {"stages": 3},
     "select: first": {"select": {"first": 3, "samples": 6, "seed": 1}},
 }
 
@@ -243,7 +234,7 @@ def test_a_recipe_of_moments_gives_a_model_that_is_measured(tmp_path):
     assert ShortRun.load(path).kernel.steps == 3 and measure(path, samples=100)["relative"] > 0
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_silu"])
+@pytest.mark.parametrize("name", ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_smooth"])
 def test_a_shipped_model_is_what_its_recipe_and_card_say_and_makes_images(name):
     model = ShortRun.load(name)
     recipe = yaml.safe_load((ROOT / f"workflow/recipes/{name}.yaml").read_text())

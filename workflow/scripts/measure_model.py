@@ -10,20 +10,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the library of t
 from srmcmc_lib import LinearEnergy, ShortRun, moments, observed, paths
 from srmcmc_lib.checkpoint import find
 from srmcmc_lib.data import CLASSES, to_float, to_uint8
-from srmcmc_lib.devices import arithmetic, ranks
+from srmcmc_lib.devices import PRECISIONS, arithmetic, ranks
 from srmcmc_lib.langevin import integer
 from srmcmc_lib.metrics import NAMES, class_shares, embed, nearest_images, sanity_rows, scores
 from srmcmc_lib.progress import learning_curves
 
 
-def measure(source: str | Path, samples: int = 10_000, seed: int = 0, space: str = "classifier") -> dict:
+def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifier", precision="float32") -> dict:
     """Every number of a model, JSON-compatible; of a LinearEnergy, how well the moments match.
 
     rows: scores against the training images; to_test: the samples' against the test images; memorisation: the median
     distance of 1,000 images to the nearest training image; force: K·‖∂f/∂x‖, mean of the last 50 updates.
     """
     integer("samples", samples, 100)
-    device, model = ranks().device, ShortRun.load(source, device=ranks().device)
+    device, model = ranks().device, ShortRun.load(source, device=ranks().device, precision=precision)
     if isinstance(model.f, LinearEnergy):
         found = moments.match(model.f.h, model.sample(samples, seed), *moments.targets(model))
         error = {"relative": found.relative, "by_chance": found.by_chance, "beyond_4_standard_errors": found.beyond()}
@@ -74,6 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--space", choices=NAMES, default="classifier")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the chain")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the shipped models, measure nothing")
     args = parser.parse_args()
@@ -81,10 +82,11 @@ if __name__ == "__main__":
         sys.exit(print(table()))
     file = find(args.name).with_suffix(".json")
     card = json.loads(file.read_text(encoding="utf-8")) if args.write else {}  # before measuring: there may be none
-    measured = measure(args.name, args.samples, args.seed, args.space)
+    measured = measure(args.name, args.samples, args.seed, args.space, args.precision)
     print(json.dumps(measured, indent=1, ensure_ascii=False))
     if args.write:
         command = f"python workflow/scripts/measure_model.py {file.stem} --samples {args.samples} --seed {args.seed}"
-        kind, command = (args.space, f"{command} --space {args.space}") if "rows" in measured else ("moments", command)
+        more = f" --space {args.space} --precision {args.precision}"
+        kind, command = (args.space, command + more) if "rows" in measured else ("moments", command)
         card.setdefault("measured", {})[kind] = {"command": command, **measured}
         file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

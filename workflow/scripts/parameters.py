@@ -76,7 +76,12 @@ def fits(value, default) -> bool:
     return default is None or type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
-def check(file: Path, notebooks: Path) -> dict[str, dict]:
+def notebook(entry: str, folder: Path) -> Path:
+    """The notebook of an entry, in the folder or in its appendix."""
+    name = f"{entry.partition('@')[0]}.ipynb"
+    return appendix if (appendix := folder / "appendix" / name).exists() else folder / name
+
+
+def check(file: Path, folder: Path) -> dict[str, dict]:
     """All parameters of all entries."""
-    return {entry: merged(notebooks / f"{entry.partition('@')[0]}.ipynb", f"{file}: {entry}", values)
-            for entry, values in read(file)[0].items()}  # fmt: skip
+    return {e: merged(notebook(e, folder), f"{file}: {e}", values) for e, values in read(file)[0].items()}
