@@ -68,15 +68,3 @@ def test_bands_show_the_median_the_middle_and_the_worst():
     assert median.get_ydata().tolist() == [6.0, 17.0] and worst.get_ydata().tolist() == [11.0, 22.0]
     (band,) = axes.collections
     assert {2.0, 10.0, 13.0, 21.0} == set(band.get_paths()[0].vertices[:, 1].round(9))
-    assert axes.get_yscale() == "log" and axes.get_legend().get_texts()[0].get_text() == "a"
-
-
-def test_omega_theta_names_the_five_distributions_where_they_are():
-    path, onward = np.array([[-1.0, 0.0], [-0.5, 0.4], [0.0, 0.5]]), np.array([[0.0, 0.5], [0.8, 0.0]])
-    others = {k: np.array([[0.0, 1 / k], [2 / k, 0.0]]) for k in (2, 4)}
-    (axes,) = plots.omega_theta(2, path, onward, np.array([0.0, 0.45]), others).axes
-    at = {text.get_text(): tuple(text.xy) for text in axes.texts}
-    assert at["$p_0$"] == (-1.0, 0.0) and at["data"] == (0.0, 0.45) and at["MLE"] == (0.0, 0.0)
-    assert at[r"$q_{\theta}$ after K = 2 steps (MME)"] == (0.0, 0.5)
-    assert at[r"$p_{\theta}$: the chain run on"] == (0.8, 0.0)
-    assert "K = 4" in at and "K = 2" not in at  # K itself is the large dot

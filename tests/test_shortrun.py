@@ -67,7 +67,6 @@ MISTAKES = {
     "Uniform needs low < high": lambda: Uniform(NAN, 1),
     "prior must be one of Uniform, Gaussian": lambda: ShortRun(MODEL.f, prior=object()),
     r"a seed \(or a torch.Generator\) must be an integer in 0 … .*, got -1": lambda: MODEL.sample(1, -1),
-    "n must be an integer of at least 1, got 2.0": lambda: MODEL.sample(2.0, 0),
     r"z must have the shape \[B, 1, 8, 8\], got \[3, 1, 4, 8\]": lambda: MODEL(Z[:, :, :4]),
     "z contains NaN or infinity": lambda: MODEL(Z + NAN),
     r"z must be floating point, in \[-1, 1\], got torch.uint8; data.to_float": lambda: MODEL(Z.byte()),
@@ -85,7 +84,6 @@ MISTAKES = {
     "ran away within K = 9 steps": lambda: ShortRun(MODEL.f, Langevin(9, noise=1e38)).sample(2, 0),
     "ran away within K = 7 steps": lambda: ShortRun(MODEL.f, Langevin(7, 1e9)).sample(2, 0),  # finite, and no images
     "left the finite numbers at every iteration": lambda: MODEL.reconstruct(Z + 1e30),
-    "x must be floating point": lambda: MODEL.reconstruct(Z.byte()),
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def updates_by_hand(model: ShortRun, images: torch.Tensor, c: TrainConfig):
     θ, s, ε = list(model.f.parameters()), model.kernel.step_size, model.kernel.noise
     M, V, mean_θ = [torch.zeros_like(p) for p in θ], [torch.zeros_like(p) for p in θ], weights(model)
     for t in range(1, c.updates + 1):
-        h = (1 + math.cos(math.pi * max(0, ((t - 1) / c.updates - 0.25) / 0.75))) / 2  # half a cosine
+        h = (1 + math.cos(math.pi * max(0, ((t - 1) / (c.horizon or c.updates) - 0.25) / 0.75))) / 2  # half a cosine
         η, σ = c.rate_final + h * (c.rate - c.rate_final), c.sigma_final + h * (c.sigma - c.sigma_final)
         data, noise, start, u = fresh(c.seed, t - 1, torch.device("cpu"))
         x_plus = images[torch.randint(len(images), (c.batch_size,), generator=data)].float() / 127.5 - 1
@@ -81,17 +81,16 @@ def updates_by_hand(model: ShortRun, images: torch.Tensor, c: TrainConfig):
         yield t, d.item(), sum(norms) / len(norms), η, σ, mean_θ
 
 
-@pytest.mark.parametrize(("activation", "prior"), [("leaky_relu", Uniform()), ("silu", Uniform(0, 2))], ids=str)
-def test_updates_equal_those_written_out_by_hand(activation, prior):
+@pytest.mark.parametrize(("activation", "low", "horizon"), [("leaky_relu", -1, None), ("silu", 0, 8)])
+def test_updates_equal_those_written_out_by_hand(activation, low, horizon):
     """Within float32 rounding (1 % of one Adam step): θ, d and the gradient norm at every update, mean θ at the end.
 
     8 noisy images: a unit that all leave on or off has no gradient but rounding, which Adam makes a step of.
     """
-    c = config(
-        updates=5, batch_size=8, sigma=0.3, seed=9, average=0.7, rate_final=5e-4, sigma_final=0.2, lower_from=0.25
-    )
+    c = config(updates=5, batch_size=8, sigma=0.3, seed=9, average=0.7, rate_final=5e-4, sigma_final=0.2,
+               lower_from=0.25, horizon=horizon)  # fmt: skip
     close = dict(rtol=0, atol=1e-5)
-    ours, theirs, start = (replace(tiny(activation=activation), prior=prior) for _ in range(3))
+    ours, theirs, start = (replace(tiny(activation=activation), prior=Uniform(low, low + 2)) for _ in range(3))
     for record, hand in zip(train(ours, IMAGES, c), updates_by_hand(theirs, IMAGES, c), strict=True):
         assert list(asdict(record).values())[:5] == pytest.approx(hand[:5], rel=1e-4, abs=1e-5)
         torch.testing.assert_close(weights(ours), weights(theirs) if record.step < 5 else hand[5], **close)
@@ -106,17 +105,6 @@ def test_the_seed_decides_and_the_global_seed_does_not():
     (a, _, *ra), (b, _, *rb), (c, _, *rc) = runs
     assert timeless(ra) == timeless(rb) != timeless(rc)
     assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
-
-
-def test_the_schedule_is_constant_then_falls_along_half_a_cosine():
-    c = TrainConfig(updates=101, rate=0.3, rate_final=0.1, lower_from=0.5)
-    values = [c.rate_at(t) for t in range(101)]
-    assert values[:50] == pytest.approx([0.3] * 50, abs=1e-12)
-    assert values == sorted(values, reverse=True) and values[-1] == pytest.approx(0.1, abs=2e-3)
-    assert c.rate_at(101 * 0.75) == pytest.approx(0.2)  # half way in the middle
-    assert c.sigma_at(100) == c.sigma == 0.03 and replace(c, lower_from=1.0).rate_at(100) == 0.3
-    short = replace(c, updates=40, horizon=101)  # follows the longer schedule
-    assert [short.rate_at(t) for t in range(40)] == values[:40]
 
 
 @pytest.mark.parametrize("steps", [3, 30])
@@ -210,16 +198,14 @@ class Broken(Linear):
         return self.how(self, x.flatten(1), super().forward)
 
 
-NO_FUNCTION = "f must map 4 images to one differentiable number each, [4]; got "
-BROKEN = [
-    (lambda f, x, w: w(f.norm(x)), "breaks the model contract"), (lambda f, x, w: w(f.drop(x)), "the model contract"),
-    (lambda f, x, w: None, NO_FUNCTION + "None"), (lambda f, x, w: w(x).mean(), NO_FUNCTION + "[], requires"),
-    (lambda f, x, w: w(x).detach(), NO_FUNCTION + "[4], requires_grad=False"),
-    (lambda f, x, w: f.w.bias.expand(len(x)), "f(x) does not depend on x"),
-]  # fmt: skip
+BROKEN = {  # and what `gradient` refuses: test_shortrun
+    "norm": (lambda f, x, w: w(f.norm(x)), "breaks the model contract"),
+    "drop": (lambda f, x, w: w(f.drop(x)), "breaks the model contract"),
+    "mean": (lambda f, x, w: w(x).mean(), "f must map 4 images to one differentiable number each, [4]; got []"),
+}
 
 
-@pytest.mark.parametrize(("how", "message"), BROKEN, ids=["norm", "drop", "None", "mean", "detached", "constant"])
+@pytest.mark.parametrize(("how", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_network_that_breaks_the_model_contract_is_refused_at_the_call(how, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         train(ShortRun(Broken(how), Langevin(2)), IMAGES, config())
