@@ -96,7 +96,9 @@ def test_a_parameters_cell_that_papermill_misreads_is_refused(home, text):
 
 def test_every_file_of_parameters_fits_and_the_papers_numbers_are_there():
     found = {p.stem: parameters.check(p, ROOT / "notebooks") for p in FILES.glob("*.yaml")}
-    assert list(found["cpu"]) == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert list(found["cpu"]) == sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    listed = {entry.partition("@")[0] for name in ("full", "influence") for entry in found[name]}
+    assert listed == {p.stem for p in (ROOT / "notebooks/appendix").glob("*.ipynb")}
     sizes = {"width", "steps", "batch_size", "updates", "precision", "save_as", "metric_space", "metric_samples"}
     assert list(found["paper"]) == list(found["paper-smoke"])
     for entry, paper in found["paper"].items():

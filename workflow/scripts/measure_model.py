@@ -63,7 +63,7 @@ def table() -> str:
             values = (f"`{path.stem}`", stages[-1]["steps"], network["width"], network.get("activation", "leaky_relu"),
                       f"{card['images']:,}", card["hours"], f"{sum(s['updates'] for s in stages):,}",
                       *(frechet[k] for k in ("samples", "test images + N(0, 0.1²)", "test images")),
-                      sum(v >= 0.03 for v in m["classes"].values()), f"{m['force']:.0f}")  # fmt: skip
+                      sum(v >= 0.03 for v in m["classes"].values()), round(m.get("force", 0)) or "")  # fmt: skip
             lines.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(lines)
 

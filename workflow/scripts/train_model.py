@@ -37,7 +37,7 @@ RECIPES = ROOT / "workflow/recipes"
 def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tuple[int, dict]]]:
     """A recipe without `commit`, and (K, settings) of its stages; Mistake where it has a fault, in a late stage too."""
     recipe = read_yaml(file)
-    kind, old = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
+    kind, _ = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
     try:
         optional = {"select", "start"} if kind == "stages" else set()
         if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
@@ -51,11 +51,10 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
                 settings["precision"] = precision or settings.get("precision", "auto")
                 Langevin(K), TrainConfig(**settings), settings["updates"]
         if rule := recipe.get("select"):
-            for key, low, high in (("first", 1, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
+            for key, low, high in (("first", 0, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
                 integer(f"select: {key}", rule[key], low, high)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        elsewhere = f". It can be run at commit {old}" if old else ""
-        raise Mistake(f"{file}: {type(error).__name__}: {error} (write numbers as in 1.0e-4){elsewhere}") from None
+        raise Mistake(f"{file}: {type(error).__name__}: {error} (write numbers as in 1.0e-4)") from None
     return recipe, stages
 
 
@@ -96,6 +95,8 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
         model.f.load_state_dict(ShortRun.load(recipe["start"]).f.state_dict())
     for i, ((K, _), config) in enumerate(zip(stages, configs, strict=True), start=1):
         model = grow(model, K)
+        if rule and i == len(stages) and rule["first"] == 0 and main:  # what the stage starts from may be the nearest
+            model.save(work / "candidate-0.safetensors")
         if trained and Path(config.checkpoint).exists():
             raise Mistake(f"{config.checkpoint} comes from an earlier stage {trained}: delete it")
         for record in train(model, images, config):  # none where an earlier run had finished this stage
