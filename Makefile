@@ -22,7 +22,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 export MALLOC_TRIM_THRESHOLD_ := 4000000000
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: help figures test checkpoints lab notebooks lock
+.PHONY: help figures test checkpoints lab notebooks book lock
 
 help:
 	@echo 'make figures      run the notebooks that changed, with workflow/parameters/$$PROFILE.yaml (PROFILE=cpu)'
@@ -30,6 +30,7 @@ help:
 	@echo 'make checkpoints  train the shipped models again, into checkpoints/retrained/ (hours)'
 	@echo 'make lab          open the notebooks in JupyterLab'
 	@echo 'make notebooks    execute the notebooks in place, so that their committed outputs are true'
+	@echo 'make book         build/book/index.html: README, docs/, the notebooks as they are stored, and the API'
 	@echo 'make lock         renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
 	@echo
 	@echo 'Python: an active virtual environment, or a conda environment named srmcmc, as it is; otherwise .venv, made'
@@ -60,6 +61,11 @@ lab: $(ENV)
 
 notebooks: $(ENV)
 	"$(PYTHON)" workflow/scripts/run_notebook.py --in-place --cell-timeout $(or $(CELL_TIMEOUT),3600) notebooks/*.ipynb
+
+book: $(ENV)
+	"$(PYTHON)" -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet \
+	  -c docs -d build/doctrees . build/book
+	@echo 'The book is in build/book/index.html.'
 
 lock:
 	@command -v uv >/dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
