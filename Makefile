@@ -22,13 +22,14 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 export MALLOC_TRIM_THRESHOLD_ := 4000000000
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: help figures test checkpoints lab notebooks book lock
+.PHONY: help figures test checkpoints lab app notebooks book lock
 
 help:
 	@echo 'make figures      run the notebooks that changed, with workflow/parameters/$$PROFILE.yaml (PROFILE=cpu)'
 	@echo 'make test         ruff, pytest, and every notebook through nbval'
 	@echo 'make checkpoints  train the shipped models again, into checkpoints/retrained/ (hours)'
 	@echo 'make lab          open the notebooks in JupyterLab'
+	@echo 'make app          the explorer without code, in a browser (Voilà)'
 	@echo 'make notebooks    execute the notebooks in place, so that their committed outputs are true'
 	@echo 'make book         build/book/index.html: README, docs/, the notebooks as they are stored, and the API'
 	@echo 'make lock         renew requirements.lock from pyproject.toml (needs uv; UV_FLAGS=--upgrade moves every version)'
@@ -58,6 +59,11 @@ checkpoints: $(ENV)
 
 lab: $(ENV)
 	"$(PYTHON)" -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+app: $(ENV)
+	@"$(PYTHON)" -c 'import voila' || { echo 'make app needs Voilà: pip install .[app]' >&2; exit 1; }
+	"$(PYTHON)" -m voila notebooks/explore.ipynb --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_cell_tags=about-code
 
 notebooks: $(ENV)
 	"$(PYTHON)" workflow/scripts/run_notebook.py --in-place --cell-timeout $(or $(CELL_TIMEOUT),3600) notebooks/*.ipynb

@@ -1,9 +1,13 @@
 """Figures that two notebooks share: arrays in, matplotlib Figure out. The only module that imports matplotlib."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML
+from matplotlib.animation import HTMLWriter
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -143,10 +147,25 @@ def omega_theta(steps: int, path: np.ndarray, onward: np.ndarray, data: np.ndarr
     ax.margins(0.09, 0.2)
     ax.annotate(r"Θ: all $p_{\theta}$", path[0] / 2, (0, -16), "data", "offset points", color="C0", fontsize=11)
     above = {"xycoords": ax.get_xaxis_transform(), "ha": "center", "fontsize": 11}
-    ax.annotate("Ω: all laws with the data's moments", (0, 1.02), **above)
+    ax.annotate("Ω: all distributions with the data's moments", (0, 1.02), **above)
     ax.set(xlabel="± √KL(projection on Θ ‖ MLE): how far the moments are off", ylabel="√KL(q ‖ projection on Θ)")
     ax.set_aspect("equal")
     return figure
+
+
+def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 80) -> HTML:
+    """At most 40 figures of one size, or one that changes, as frames of a player without a kernel, as by to_jshtml."""
+    writer = HTMLWriter(fps, embed_frames=True, default_mode="once")
+    writer.frame_format = "jpeg"  # noise as PNG takes three times as much
+    with TemporaryDirectory() as folder:
+        for i, writer.fig in enumerate(figures):
+            if i == 0:
+                writer.setup(writer.fig, f"{folder}/player.html", dpi)
+            writer.grab_frame(pil_kwargs={"quality": 60})
+        writer.finish()
+        html = re.sub("<link[^>]*>", "", writer.outfile.read_text("utf-8"))  # its icons are a font of another site's
+    signs = dict(zip(re.findall('<i class="fa.*?</i>', html), "−«‹◀‖▶›»+", strict=True))
+    return HTML(re.sub('<i class="fa.*?</i>', lambda icon: signs[icon[0]], html))
 
 
 def save(figure: Figure, notebook: str, name: str) -> Figure:
