@@ -60,7 +60,7 @@ def linear() -> ShortRun:
 
 TINY = {
     "02_interpolation": {"rows": 2, "many": 8, "points": 5, "pairs": 1, "iterations": 1},
-    "03_reconstruction": {"images": 2, "iterations": 2, "few": 2, "trial": 4, "long": 2},
+    "03_reconstruction": {"images": 2, "iterations": 2, "inversions": 1, "group": 2, "trial": 4, "long": 2},
 }
 
 
