@@ -2,7 +2,7 @@
 
     python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
     python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images, 200 iterations: about 20 minutes
-    python benchmarks/reconstruction.py errors --model fashion_mnist_smooth --iterations 8  # an iteration costs 4 chains
+    python benchmarks/reconstruction.py errors --model fashion_mnist_smooth --iterations 8  # each costs 4 chains
 
 Times are ratios within one run; bytes are the CPU allocator's.
 """

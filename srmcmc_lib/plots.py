@@ -102,22 +102,6 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     return figure
 
 
-def bands(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, log: bool = True) -> Figure:
-    """A curve for each label: the median over images, the middle 80 % shaded, the largest value dotted.
-
-    `curves` holds (x [n], values [n, B]) by label, a column for each image; arrays or tensors.
-    """
-    figure, ax = subplots(figsize=(6.5, 3.4), layout="constrained")
-    for i, (label, (x, values)) in enumerate(curves.items()):
-        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=1)
-        ax.plot(x, middle, color=f"C{i}", lw=1.6, label=label)
-        ax.fill_between(x, low, high, color=f"C{i}", alpha=0.18, lw=0)
-        ax.plot(x, np.asarray(values).max(axis=1), ":", color=f"C{i}", lw=1)
-    ax.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {"ylim": (0, None)}))
-    ax.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def omega_theta(steps: int, path: np.ndarray, onward: np.ndarray, data: np.ndarray, others: dict) -> Figure:
     """The poster's figure 1 in coordinates where √KL(q‖p_MLE) is the distance from the origin: Θ lies, Ω stands.
 

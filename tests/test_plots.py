@@ -59,12 +59,3 @@ def test_save_writes_png_and_pdf_with_the_same_bytes_each_time(images, tmp_path,
     assert mpimg.imread(tmp_path / "NN_name" / "grid.png").std() > 0.1
     assert not plt.get_fignums(), "figures that pyplot remembers are shown twice in a notebook"
     assert figure.axes
-
-
-def test_bands_show_the_median_the_middle_and_the_worst():
-    values = np.arange(22.0).reshape(2, 11) + 1  # eleven images at two places
-    (axes,) = plots.bands({"a": (range(2), torch.from_numpy(values))}, "t", "error").axes
-    median, worst = axes.lines
-    assert median.get_ydata().tolist() == [6.0, 17.0] and worst.get_ydata().tolist() == [11.0, 22.0]
-    (band,) = axes.collections
-    assert {2.0, 10.0, 13.0, 21.0} == set(band.get_paths()[0].vertices[:, 1].round(9))
