@@ -1,5 +1,6 @@
 """Fixed features h(x) from a ConvNet classifier of Fashion-MNIST, and the linear energy f_θ(x) = <θ, h(x)>."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -45,27 +46,32 @@ def load_classifier(source: str | Path = NAME) -> Classifier:
 
 
 class Features(nn.Module):
-    """h(x): float images [B, C, H, W] in [-1, 1] → [B, d]: frozen `responses` [B, d, H', W'] averaged over space."""
+    """h(x): float images [B, C, H, W] in [-1, 1] → [B, d]: frozen `responses` [B, d, H', W'] averaged over space. With
+    `cells`: means of y and y² in cells[i]² parts of the image, y responses of layer i (0: pixels; 0 parts: none)."""
 
-    def __init__(self, responses: nn.Module, channels: int, image_size: int):
+    def __init__(self, responses: nn.Module, channels: int, image_size: int, cells: list[int] | None = None):
         super().__init__()
-        self.responses = responses.eval().requires_grad_(False)
+        self.responses, self.cells = responses.eval().requires_grad_(False), cells
         self.channels, self.image_size = channels, image_size
         self.size = self(torch.zeros(1, channels, image_size, image_size)).shape[1]  # d
 
     def forward(self, x: Tensor) -> Tensor:
         if (shape := [self.channels, self.image_size, self.image_size]) != [*x.shape[1:]]:
             raise ValueError(f"h takes images of shape [B, {str(shape)[1:]}, got {[*x.shape]}")
-        return self.responses(x).mean((2, 3))
+        if not self.cells:
+            return self.responses(x).mean((2, 3))
+        layers = zip(self.cells, accumulate([x, *self.responses], lambda y, layer: layer(y)), strict=True)
+        pooled = [nn.functional.adaptive_avg_pool2d(torch.cat([y, y * y], 1), n) for n, y in layers if n]
+        return torch.cat([part.flatten(1) for part in pooled], 1)
 
 
-def load_features(layer: int | None = None, source: str | Path | Classifier = NAME) -> Features:
-    """h(x) of one layer, 1 … 4 (d = 32, 64, 128, 128; None is the deepest), of a classifier, its file or its name."""
+def load_features(layer=None, source: str | Path | Classifier = NAME, cells: list[int] | None = None) -> Features:
+    """h(x) of one layer, 1 … 4 (d = 32, 64, 128, 128; None: the deepest), or of layer + 1 `cells`, of a classifier."""
     model = source if isinstance(source, Classifier) else load_classifier(source)
     layer = len(model.stages) if layer is None else integer("layer", layer, 1, len(model.stages))
     # batch normalisation becomes part of the convolution: 0.8 of the time
     fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.eval().stages[:layer])
-    return Features(nn.Sequential(*fused), model.channels, model.image_size)
+    return Features(nn.Sequential(*fused), model.channels, model.image_size, cells)
 
 
 @torch.no_grad()
@@ -78,17 +84,16 @@ def responses(h: nn.Module, x: Tensor, batch_size: int = 250) -> Tensor:
 class LinearEnergy(nn.Module):
     """f_θ(x) = <θ, h(x)> with fixed features h, [B, C, H, W] → [B]: the case that the paper's theory speaks of.
 
-    Only θ [d] is learned, from θ = 0; ∂f/∂θ = h(x). `layer` and `source` are load_features'; C = channels and
+    Only θ [d] is learned, from θ = 0; ∂f/∂θ = h(x). `layer`, `source`, `cells` are load_features'; C = channels and
     H = W = image_size must be the classifier's (else ValueError). A checkpoint holds h's weights beside θ, lest it
     change when the classifier is trained again; to fill from one, trained=False leaves them random.
     """
 
-    piecewise_linear = True  # convolutions and ReLUs
-
-    def __init__(self, channels=1, image_size=32, layer: int | None = None, source: str = NAME, trained: bool = True):
+    def __init__(self, channels=1, image_size=32, layer: int | None = None, source=NAME, trained=True, cells=None):
         super().__init__()
-        self.h = load_features(layer, source if trained else Classifier())
-        self.channels, self.image_size = self.h.channels, self.h.image_size
+        self.h = load_features(layer, source if trained else Classifier(), cells)
+        self.channels, self.image_size, self.cells = self.h.channels, self.h.image_size, cells
+        self.piecewise_linear = not cells  # convolutions and ReLUs, no squares
         self.layer, self.source = layer if layer is None else int(layer), str(source)
         if (got := (channels, image_size)) != (want := (self.channels, self.image_size)):
             raise ValueError(f"{source} takes images of (channels, image_size) = {want}, got {got}")
@@ -97,7 +102,8 @@ class LinearEnergy(nn.Module):
 
     @property
     def config(self) -> dict:  # the constructor's arguments, for a checkpoint
-        return {k: getattr(self, k) for k in ("channels", "image_size", "layer", "source")}
+        more = {"cells": self.cells} if self.cells else {}
+        return {k: getattr(self, k) for k in ("channels", "image_size", "layer", "source")} | more
 
     @property
     def theta(self) -> Tensor:  # [d]

@@ -53,11 +53,11 @@ def targets(model: ShortRun) -> tuple[Tensor, Tensor]:
 
 
 @torch.enable_grad()
-def gram(h: Features, x: Tensor) -> Tensor:
-    """E[∂h/∂x ∂h/∂xᵀ] over images x [n, C, H, W], [d, d]: how a step along f' = ∂h/∂xᵀ θ changes the moments."""
-    x = x.detach().requires_grad_()
-    J = torch.stack([torch.autograd.grad(y.sum(), x, retain_graph=True)[0].flatten(1) for y in h(x).T], 1)
-    return torch.einsum("nid,njd->ij", J, J) / len(x)
+def gram(h: Features, x: Tensor, v: Tensor) -> Tensor:
+    """E[∂h/∂x ∂h/∂xᵀ] v over images x [n, C, H, W], [d]: how a step along f' = ∂h/∂xᵀ v changes the moments."""
+    x, v = x.detach().requires_grad_(), v.detach().requires_grad_()
+    slope = torch.autograd.grad((h(x) @ v).sum(), x, create_graph=True)[0]
+    return torch.autograd.grad(slope.square().sum() / 2, v)[0] / len(x)
 
 
 class Update(NamedTuple):
@@ -73,7 +73,7 @@ def learn(
     model: ShortRun, data: Tensor, images: Tensor, updates: int, batch_size: int = 64, rate: float = 0.3,
     decay: float = 20.0, damping: float = 0.005, renew: int = 12, seed: int = 0,
 ) -> Iterator[Update]:  # fmt: skip
-    """Algorithm 1 for f_θ = <θ, h>, with two changes of ours that need θ to be d numbers, not a network's weights.
+    """Algorithm 1 for f_θ = <θ, h>, with changes of ours that need θ to be d numbers, not a network's weights.
 
     Eq. (6) is Δ(θ) = E_data[h] − E_q[h]. E_data[h] is known, so no observed images are drawn (σ = 0). And the step is
     preconditioned, θ ← θ + η_t / (K s) (G + λ I)⁻¹ Δ(θ), G = E[∂h/∂x ∂h/∂xᵀ], because K steps along f' change the
@@ -83,30 +83,32 @@ def learn(
 
     Args:
         model, data: with a LinearEnergy, whose θ starts the run and becomes the average at its end; E_data[h], [d].
-        images: observed images, uint8 [n, C, H, W]. If θ = 0, eight of them stand for the chains' last states in the
-            first G. (Without them, the first step was so long that training diverged.)
-        rate, decay: η_0, and the update at which it starts to fall.
-        damping: λ as a fraction of G's largest eigenvalue.
-        renew: G is computed again every so many updates, from eight chains' states half way and at the end.
+        images: uint8 [n, C, H, W]. If θ = 0, four stand for the chains' last states in G, lest training diverge.
+        rate, decay, damping: η_0, and the update at which it starts to fall; λ as a fraction of ‖G‖.
+        renew: every so many updates, G is made anew from four chains' states: first, half way and last.
     """
     for name, value in (("updates", updates), ("batch_size", batch_size), ("renew", renew)):
         integer(name, value)
     if not 0 < rate < float("inf") or not decay > 0 or not damping > 0:
         raise ValueError("rate, decay and damping must be positive")
-    g, Ks = Generator().manual_seed(seed), model.kernel.steps * model.kernel.step_size
+    g, Ks, first = Generator().manual_seed(seed), model.kernel.steps * model.kernel.step_size, None
     θ = mean = model.f.theta.detach().clone()
     for t in range(updates):
         if t % renew == 0:
-            *path, end = model.trajectory(model.draw_z(8, g), g)
-            end = end if θ.any() else to_float(images[:8], model.device)
-            G = gram(model.f.h, torch.cat([path[len(path) // 2], end]))
-            solve = torch.linalg.inv(G + damping * torch.linalg.matrix_norm(G, 2) * torch.eye(len(G)).to(G))
+            *path, end = model.trajectory(model.draw_z(4, g), g)
+            end = end if θ.any() else to_float(images[:4], model.device)
+            seen, v = torch.cat([path[0], path[len(path) // 2], end]), torch.ones_like(data)
+            for _ in range(8):  # ‖v‖ → ‖G‖
+                v = gram(model.f.h, seen, v / v.norm())
         Δ = data - responses(model.f.h, model(model.draw_z(batch_size, g), g)).mean(0)
-        if t == 0:
-            first = Δ.norm()
-        if not Δ.norm() <= 10 * first:
+        if not Δ.norm() <= 10 * (first := first or Δ.norm()):
             raise FloatingPointError(f"training diverged at update {t + 1}: take a rate below {rate:g} or more damping")
-        θ = θ + rate / (1 + t / decay) ** (2 / 3) / Ks * (solve @ Δ)
+        y, r, p = 0, Δ, Δ  # conjugate gradients: y → (G + λ I)⁻¹ Δ
+        for _ in range(12):
+            Ap, rr = gram(model.f.h, seen, p) + damping * v.norm() * p, r @ r
+            y, r = y + rr / (p @ Ap) * p, r - rr / (p @ Ap) * Ap
+            p = r + r @ r / rr * p
+        θ = θ + rate / (1 + t / decay) ** (2 / 3) / Ks * y
         mean = mean + 4 / (t + 4) * (θ - mean)
         model.f.theta.detach().copy_(θ if t + 1 < updates else mean)
         yield Update(t + 1, θ, mean, Δ)

@@ -1,8 +1,8 @@
 """Trains a model by a recipe: the name of one in workflow/recipes, or a .yaml file like them.
 
 Of the last stage's checkpoints from update `select: first` on, the one whose samples are nearest to the training images
-is kept. `start` is a model whose weights are trained on. Instead of stages, `moments` has settings of `moments.learn`.
-A stopped run goes on from its last checkpoint.
+is kept. `start` is a model whose weights are trained on. Instead of stages, `moments` has settings of `moments.learn`,
+for all images or those of one `label`. A stopped run goes on from its last checkpoint.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from srmcmc_lib import EnergyNet, Langevin, LinearEnergy, ShortRun, TrainConfig, moments, observed, paths, train
 from srmcmc_lib.checkpoint import copy
-from srmcmc_lib.data import to_uint8
+from srmcmc_lib.data import labels, to_uint8
 from srmcmc_lib.devices import PRECISIONS, arithmetic, ranks, resolved
 from srmcmc_lib.features import responses
 from srmcmc_lib.langevin import integer
@@ -39,7 +39,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
     recipe = read_yaml(file)
     kind, _ = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
     try:
-        optional = {"select", "start"} if kind == "stages" else set()
+        optional = {"select", "start"} if kind == "stages" else {"label"}
         if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
             raise ValueError(f"a recipe has dataset, limit, network, seed and {kind}, not {', '.join(recipe)}")
         stages = [(s["steps"], {k: v for k, v in s.items() if k != "steps"}) for s in recipe[kind]]
@@ -68,6 +68,8 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
         print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
         images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
+        if "label" in recipe:  # of one class
+            images = images[labels(recipe["dataset"], limit=recipe["limit"]) == recipe["label"]]
     work.mkdir(parents=True, exist_ok=True)
     model, card, logs = by(recipe, stages, images, work)
     if ranks().is_main_process:
