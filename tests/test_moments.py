@@ -90,12 +90,13 @@ def test_a_shipped_model_matches_after_k_steps_only(name):
     card = json.loads((paths.PRETRAINED / f"{name}.json").read_text())
     recipe = yaml.safe_load((ROOT / f"workflow/recipes/{name}.yaml").read_text())
     assert card["recipe"].items() <= recipe.items()  # which may name a commit besides
-    assert {k: v for k, v in card.items() if k not in ("measured", "commit")} == model.training
+    said, mine = ({k: v for k, v in d.items() if k not in ("measured", "commit")} for d in (card, model.training))
+    assert said == mine
     assert model.f.config.items() >= recipe["network"].items()
     assert model.kernel.steps == recipe["moments"][-1]["steps"]
     data, start = moments.targets(model)
-    mine = labels(recipe["dataset"]) == recipe["label"] if "label" in recipe else slice(1_000)
-    some = responses(model.f.h, observed(recipe["dataset"])[mine][:1_000])
+    chosen = labels(recipe["dataset"]) == recipe["label"] if "label" in recipe else slice(1_000)
+    some = responses(model.f.h, observed(recipe["dataset"])[chosen][:1_000])
     assert ((some.mean(0) - data).abs() < 5 * some.std(0) / 1_000**0.5).all(), "not the data's moments"
     z = model.draw_z(8, seed=3)
     reached, early = (moments.match(model.f.h, m(z, u=3), data, start) for m in (model, model.with_steps(5)))
