@@ -52,7 +52,7 @@ test: $(ENV)
 	@rm -rf .cache/test-figures
 	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest
 	SRMCMC_FIGURES="$(CURDIR)/.cache/test-figures" "$(PYTHON)" -m pytest --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=900 notebooks/
+	  --nbval-cell-timeout=900 notebooks/*.ipynb
 
 checkpoints: $(ENV)
 	$(SNAKEMAKE) checkpoints
