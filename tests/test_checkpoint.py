@@ -24,7 +24,7 @@ def test_a_checkpoint_holds_everything(path):
     model = ShortRun.load(str(path))
     assert (model.kernel, model.prior, model.dataset) == (Langevin(7, 0.5, 0.02), Gaussian(0.7), "folder:/my")
     assert model.f.activation == "silu" and model.training == {"d": -0.125, "note": "größer"}
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'shoes'.*'fashion_mnist', .*'moments_shallow'\]"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'shoes'.*'fashion_mnist', .*'moments_trouser'\]"):
         ShortRun.load("shoes")
 
 
