@@ -12,6 +12,16 @@ from torch import Tensor, nn
 
 aten = torch.ops.aten
 ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains are inverted within rounding, those of 0.1 are not quite
+
+
+class RoundedLeakyReLU(nn.Module):
+    """LeakyReLU with a rounded kink: between −r and r the slope goes linearly from 0.2 to 1 (r = ROUNDING)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        c = h.clamp(-ROUNDING, ROUNDING)
+        return (0.6 * h + 0.2 * ROUNDING).addcmul_(c, h.sub(c, alpha=0.5), value=0.4 / ROUNDING)
+
+
 # Each activation φ, and g ← g·φ'(h) in place, h being φ's input. (LeakyReLU's derivative only needs the sign of h,
 # which its output shares: `gradient` overwrites h with φ(h).)
 ACTIVATIONS = {
@@ -21,18 +31,10 @@ ACTIVATIONS = {
     ),
     "silu": (nn.SiLU, lambda g, h: aten.silu_backward.grad_input(g, h, grad_input=g)),
     "rounded": (  # our addition: with it the chain can be inverted
-        lambda: RoundedLeakyReLU(),
+        RoundedLeakyReLU,
         lambda g, h: g.mul_(torch.rsub(h.clamp_(-ROUNDING, ROUNDING), 0.6, alpha=-0.4 / ROUNDING)),
     ),
 }
-
-
-class RoundedLeakyReLU(nn.Module):
-    """LeakyReLU with a rounded kink: between −r and r the slope goes linearly from 0.2 to 1 (r = ROUNDING)."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        c = h.clamp(-ROUNDING, ROUNDING)
-        return (0.6 * h + 0.2 * ROUNDING).addcmul_(c, h.sub(c, alpha=0.5), value=0.4 / ROUNDING)
 
 
 class EnergyNet(nn.Module):

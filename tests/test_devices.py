@@ -17,7 +17,7 @@ from test_training import IMAGES, config, timeless, tiny, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srmcmc_lib import EnergyNet, Langevin, LinearEnergy, ShortRun, TrainConfig, observed, train, training
-from srmcmc_lib.devices import native_bf16, resolved
+from srmcmc_lib.devices import arithmetic, native_bf16, resolved
 from srmcmc_lib.features import load_features, responses
 from srmcmc_lib.langevin import chain
 
@@ -63,6 +63,15 @@ def test_a_bf16_chain_agrees_with_a_float32_chain_in_distribution():
     error, data = ((a.var(0) + b.var(0)) / 256).sqrt(), responses(h, observed("fashion_mnist", limit=256))
     apart = [((a.mean(0) - x.mean(0)) / error.clamp_min(1e-3)).square().mean() for x in (b, data)]
     assert apart[0] < 3 < 10 < apart[1]
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("tf32", True)])
+def test_tf32_is_allowed_inside_an_update_only(precision, tf32):
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(RuntimeError, match="planted"), arithmetic(precision, torch.device("cuda")):
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+        raise RuntimeError("planted")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
 # ------------------------------------------------------------------------------------------------ a fake accelerator

@@ -208,6 +208,11 @@ def test_the_checkpoint_nearest_to_the_training_images_is_kept(tmp_path, monkeyp
     assert torch.equal(weights(path), weights(tmp_path / "a/candidate-6.safetensors"))
     found = ShortRun.load(path).training["selection"]["classifier_frechet"]
     assert found == {"candidate-4": 3.0, "candidate-6": 1.0, "candidate-7": 2.0}
+    distances = iter([1.0, *[2.0] * 4])  # of update 0, the model to start from, and of 2, 4, 6 and 7
+    rule = {"first": 0, "samples": 6, "seed": 1}
+    again = trained(tmp_path, "b", stages=stages, select=rule, start=str(path))
+    assert torch.equal(weights(again), weights(path))
+    assert [*ShortRun.load(again).training["selection"]["classifier_frechet"].values()] == [1.0, 2.0, 2.0, 2.0, 2.0]
 
 
 FAULTS = {
@@ -232,6 +237,9 @@ def test_a_recipe_of_moments_gives_a_model_that_is_measured(tmp_path):
     path = train_model.run(tmp_path / "m.yaml", tmp_path / "work", tmp_path)
     assert re.findall(r"^(\d,\d),", (tmp_path / "m.csv").read_text(), re.M) == ["1,2", "2,2", "3,3", "4,3"]
     assert ShortRun.load(path).kernel.steps == 3 and measure(path, samples=100)["relative"] > 0
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe | {"label": 1}))
+    path = train_model.run(tmp_path / "m.yaml", tmp_path / "work", tmp_path)
+    assert ShortRun.load(path).training["images"] == (labels("fashion_mnist_mini", limit=50) == 1).sum()
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "fashion_mnist_fast", "fashion_mnist_smooth"])

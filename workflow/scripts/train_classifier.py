@@ -44,8 +44,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     started, (test, classes) = time.perf_counter(), (f("fashion_mnist", split="test") for f in (observed, labels))
     model = train_classifier(observed("fashion_mnist"), labels("fashion_mnist"), args.epochs, seed=args.seed)
-    seconds, card = round(time.perf_counter() - started), {"dataset": "fashion_mnist", "images": 40_000}
-    card |= {"epochs": args.epochs, "seed": args.seed, "seconds": seconds, "torch": torch.__version__}
+    card = {"dataset": "fashion_mnist", "images": 40_000, "epochs": args.epochs, "seed": args.seed}
+    card |= {"seconds": round(time.perf_counter() - started), "torch": torch.__version__}
     card["test_accuracy"] = (responses(model, test).argmax(1) == classes).float().mean().item()
     args.out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, args.out / f"{NAME}.safetensors")

@@ -37,7 +37,8 @@ RECIPES = ROOT / "workflow/recipes"
 def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tuple[int, dict]]]:
     """A recipe without `commit`, and (K, settings) of its stages; Mistake where it has a fault, in a late stage too."""
     recipe = read_yaml(file)
-    kind, _ = "moments" if "moments" in recipe else "stages", recipe.pop("commit", None)
+    recipe.pop("commit", None)
+    kind = "moments" if "moments" in recipe else "stages"
     try:
         optional = {"select", "start"} if kind == "stages" else {"label"}
         if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
