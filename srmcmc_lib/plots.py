@@ -6,7 +6,8 @@ from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import HTML
+import PIL.Image
+from IPython.display import HTML, Image
 from matplotlib.animation import HTMLWriter
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -102,41 +103,6 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     return figure
 
 
-def omega_theta(steps: int, path: np.ndarray, onward: np.ndarray, data: np.ndarray, others: dict) -> Figure:
-    """The poster's figure 1 in coordinates where √KL(q‖p_MLE) is the distance from the origin: Θ lies, Ω stands.
-
-    `path` holds the positions of the chain's distributions from p_0 to q_θ, [K + 1, 2], `onward` those from q_θ to p_θ,
-    [k, 2], `data` the data's, [2]. `others` holds q_θ (a small dot on Ω) and p_θ (on Θ), [2, 2], by K.
-    """
-    figure, ax = subplots(figsize=(9, 3.8), layout="constrained")
-    ax.axhline(0, color="C0", lw=2.5, zorder=1)
-    ax.axvline(0, color="k", lw=2.5, zorder=1)
-    for k, (q, p) in others.items():
-        ax.plot(*q, "o", color="C3", ms=5, mec="w", mew=0.6)
-        ax.plot(*p, "o", color="C3", ms=5, mfc="w", mew=0.9)
-        if k != steps:
-            ax.annotate(f"K = {k}", q, (-8, 0), "data", "offset points", ha="right", va="center", fontsize=7)
-    ax.plot(*path.T, ".-", color="C3", ms=4, lw=1.2)
-    ax.plot(*onward.T, ":", color="C3", lw=1.6)
-    for at, edge, face, offset, text in [
-        (path[0], "C0", "w", (0, -20), "$p_0$"),
-        (data, "k", "k", (-30, 8), "data"),
-        (path[-1], "C3", "C3", (14, 8), rf"$q_{{\theta}}$ after K = {steps} steps (MME)"),
-        (onward[-1], "C3", "w", (0, -20), r"$p_{\theta}$: the chain run on"),
-        (np.zeros(2), "C2", "C2", (-30, -20), "MLE"),
-    ]:
-        ax.plot(*at, "o", ms=10, mec=edge, mfc=face, mew=2, zorder=3)
-        ha = "left" if offset[0] > 0 else "center"
-        ax.annotate(text, at, offset, "data", "offset points", ha=ha, fontsize=10, color=edge)
-    ax.margins(0.09, 0.2)
-    ax.annotate(r"Θ: all $p_{\theta}$", path[0] / 2, (0, -16), "data", "offset points", color="C0", fontsize=11)
-    above = {"xycoords": ax.get_xaxis_transform(), "ha": "center", "fontsize": 11}
-    ax.annotate("Ω: all distributions with the data's moments", (0, 1.02), **above)
-    ax.set(xlabel="± √KL(projection on Θ ‖ MLE): how far the moments are off", ylabel="√KL(q ‖ projection on Θ)")
-    ax.set_aspect("equal")
-    return figure
-
-
 def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 80) -> HTML:
     """At most 40 figures of one size, or one that changes, as frames of a player without a kernel, as by to_jshtml."""
     writer = HTMLWriter(fps, embed_frames=True, default_mode="once")
@@ -152,10 +118,12 @@ def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 80) -> HTML:
     return HTML(re.sub('<i class="fa.*?</i>', lambda icon: signs[icon[0]], html))
 
 
-def save(figure: Figure, notebook: str, name: str) -> Figure:
-    """Writes figures/NOTEBOOK/NAME.png and .pdf (without dates, so the bytes repeat); returns the figure to show it."""
+def save(figure: Figure, notebook: str, name: str) -> Image:
+    """Writes figures/NOTEBOOK/NAME.png and .pdf (without dates, so the bytes repeat); returns the PNG to show it."""
     folder = paths.figures() / notebook
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    return figure
+    figure.savefig(png := folder / f"{name}.png", dpi=110)
+    few = PIL.Image.open(png).convert("RGB").quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=2, dither=0)
+    few.save(png, optimize=True)  # 256 colours: half the size in every notebook and in the history
+    return Image(png)

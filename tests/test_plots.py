@@ -53,20 +53,9 @@ def test_save_writes_png_and_pdf_with_the_same_bytes_each_time(images, tmp_path,
     monkeypatch.setenv("SRMCMC_FIGURES", str(tmp_path))
     contents = []
     for _ in range(2):
-        figure = plots.save(plots.image_grid(images), "NN_name", "grid")
+        shown = plots.save(plots.image_grid(images), "NN_name", "grid")
         contents.append([(tmp_path / "NN_name" / f"grid.{kind}").read_bytes() for kind in ("png", "pdf")])
     assert contents[0] == contents[1]
     assert mpimg.imread(tmp_path / "NN_name" / "grid.png").std() > 0.1
     assert not plt.get_fignums(), "figures that pyplot remembers are shown twice in a notebook"
-    assert figure.axes
-
-
-def test_omega_theta_names_the_five_distributions_where_they_are():
-    path, onward = np.array([[-1.0, 0.0], [-0.5, 0.4], [0.0, 0.5]]), np.array([[0.0, 0.5], [0.8, 0.0]])
-    others = {k: np.array([[0.0, 1 / k], [2 / k, 0.0]]) for k in (2, 4)}
-    (axes,) = plots.omega_theta(2, path, onward, np.array([0.0, 0.45]), others).axes
-    at = {text.get_text(): tuple(text.xy) for text in axes.texts}
-    assert at["$p_0$"] == (-1.0, 0.0) and at["data"] == (0.0, 0.45) and at["MLE"] == (0.0, 0.0)
-    assert at[r"$q_{\theta}$ after K = 2 steps (MME)"] == (0.0, 0.5)
-    assert at[r"$p_{\theta}$: the chain run on"] == (0.8, 0.0)
-    assert "K = 4" in at and "K = 2" not in at  # K itself is the large dot
+    assert shown.data == contents[0][0] and len(shown.data) < 10_000
