@@ -26,8 +26,8 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
     device, model = ranks().device, ShortRun.load(source, device=ranks().device, precision=precision)
     if isinstance(model.f, LinearEnergy):
         found = moments.match(model.f.h, model.sample(samples, seed), *moments.targets(model))
-        error = {"relative": found.relative, "by_chance": found.by_chance, "beyond_4_standard_errors": found.beyond()}
-        return {"samples": samples, "seed": seed, **error}
+        error = {"beyond_4_standard_errors": found.beyond()}
+        return {"samples": samples, "seed": seed, "relative": found.relative, "by_chance": found.by_chance} | error
     if space == "classifier" and not model.dataset.startswith("fashion_mnist"):
         raise ValueError(f"the classifier knows Fashion-MNIST, not {model.dataset!r}: take --space inception")
     size, limit = model.f.image_size, model.training.get("recipe", {}).get("limit", 40_000)
@@ -52,17 +52,16 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
 
 def table() -> str:
     """What README.md and docs/models.md say of the shipped models, from their cards."""
-    head = ("| model | K | n_f | activation | images | hours | updates | classifier_frechet | of test images + "
-            "N(0, 0.1²) | of test images | classes of at least 3 % | K·‖∂f/∂x‖ |")  # fmt: skip
+    head = ("| model | K | n_f | activation | hours | updates | classifier_frechet | of test images + N(0, 0.1²) | "
+            "of test images | classes of at least 3 % | K·‖∂f/∂x‖ |")  # fmt: skip
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for path in sorted(paths.PRETRAINED.glob("*.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
         if m := card.get("measured", {}).get("classifier"):
             network, stages = card["recipe"]["network"], card["recipe"]["stages"]
-            frechet = {name: f"{row['classifier_frechet']:.3g}" for name, row in m["rows"].items()}
+            rows = [m["rows"][k]["classifier_frechet"] for k in ("samples", "test images + N(0, 0.1²)", "test images")]
             values = (f"`{path.stem}`", stages[-1]["steps"], network["width"], network.get("activation", "leaky_relu"),
-                      f"{card['images']:,}", card["hours"], f"{sum(s['updates'] for s in stages):,}",
-                      *(frechet[k] for k in ("samples", "test images + N(0, 0.1²)", "test images")),
+                      card["hours"], f"{sum(s['updates'] for s in stages):,}", *map("{:.3g}".format, rows),
                       sum(v >= 0.03 for v in m["classes"].values()), round(m.get("force", 0)) or "")  # fmt: skip
             lines.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(lines)

@@ -38,8 +38,6 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{entry}.") as aside:  # same disk: a rename will do
         (fresh := Path(aside) / notebook.stem).mkdir()
         executed = execute(notebook, so_far, entries[entry] | overrides, aside, cell_timeout)
-        if strays := sorted(p.name for p in Path(aside).iterdir() if p != fresh):
-            raise Mistake(f"{notebook} saved figures as {strays}: give plots.save {notebook.stem!r}")
         import torch  # not above, because --check and the Snakefile need not wait for it
 
         manifest = {
@@ -103,8 +101,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder aside and the kernel go too
     if args.check:
         print(f"{args.parameters}: {len(check(args.parameters, HOME / 'notebooks'))} runs, all parameters known")
-    given = [text.partition("=") for text in args.overrides]
-    overrides = {name: yaml.safe_load(value) if value else "" for name, _, value in given}  # YAML: nothing is None
+    words = (text.partition("=") for text in args.overrides)
+    overrides = {name: yaml.safe_load(value) if value else "" for name, _, value in words}  # YAML: nothing is None
     for notebook in [] if args.check else args.notebook:
         if args.in_place:
             written, so_far = notebook, Path(tempfile.gettempdir()) / notebook.name

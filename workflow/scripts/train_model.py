@@ -65,8 +65,7 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
     name, by = file.stem, by_moments if "moments" in recipe else by_stages
     if by is by_moments and (precision or ranks().num_processes > 1):
         raise Mistake("moments are matched in float32 by one process: leave out --precision and the launcher")
-    if ranks().is_main_process:
-        print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
+    ranks().print(f"{name}: {ranks().num_processes} process(es), {ranks().device.type}", flush=True)
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
         images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
         if "label" in recipe:  # of one class
