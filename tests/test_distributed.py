@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,9 +102,3 @@ def test_notebook_launcher_in_a_kernel_that_has_trained_before(tmp_path):
     launched(tmp_path, NOTEBOOK)
     check_two_equal_one(tmp_path / "notebook")
     assert apart(results(tmp_path / "before", 1)[0][1]) <= CLOSE
-
-
-def test_a_batch_smaller_than_the_ranks_is_refused(monkeypatch):
-    monkeypatch.setattr("srmcmc_lib.training.ranks", lambda: SimpleNamespace(num_processes=5))
-    with pytest.raises(ValueError, match="batch_size=4 leaves some of 5 ranks idle"):
-        train(tiny(), IMAGES, config())

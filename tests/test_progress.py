@@ -50,6 +50,8 @@ for i, kill in enumerate(KILLS):  # each a process of its own
         die_at(*kill)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with (folder / "log.csv").open("a") as file:
+        file.write("99,0.1")  # killed within a row
     shutil.copytree(folder, folder.parent / str(i))
 """
 
@@ -86,35 +88,13 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     resumed, run = tiny(width=4, activation="silu"), TrainConfig(checkpoint=folder / "c.safetensors", **LONG)
     assert list(train(resumed, IMAGES, run)) == [] and same(weights(resumed), weights(calm))
     assert timeless(read_log(folder / "log.csv")) == expected
-    assert_same_files(folder / "c.safetensors", tmp_path / "calm.safetensors")
-
-
-def assert_same_files(a: Path, b: Path) -> None:
-    assert same(*[weights(ShortRun.load(path)) for path in (a, b)])
-    one, other = (state(path.with_suffix(".resume.pt")) for path in (a, b))
-    assert one["adam"]["state"] and one.keys() == other.keys()
-    assert one["step"] == other["step"] and one["ratios"] == other["ratios"]
+    paths = [folder / "c.safetensors", tmp_path / "calm.safetensors"]
+    assert same(*[weights(ShortRun.load(path)) for path in paths])
+    one, other = (state(path.with_suffix(".resume.pt")) for path in paths)
+    assert one["adam"]["state"] and one["step"] == other["step"] and one["ratios"] == other["ratios"]
     parts = [[s["f"], s["mean"], *s["adam"]["state"].values()] for s in (one, other)]
     for a, b in zip(*parts, strict=True):
         assert same(list(a.values()), list(b.values()))
-
-
-@pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_stopped_run_equals_the_run_never_stopped(tmp_path, stop):
-    """In one process, stopped by the consumer after every possible place relative to a checkpoint (every 2)."""
-    c = config(updates=8, checkpoint_every=2, checkpoint=tmp_path / "a.safetensors")
-    calm, first, second = (tiny(width=8) for _ in range(3))
-    expected = timeless(train(calm, IMAGES, c))
-    c2 = replace(c, checkpoint=tmp_path / "b.safetensors", log=tmp_path / "log.csv")
-    for record in train(first, IMAGES, c2):
-        if record.step == stop:
-            break
-    with c2.log.open("a") as file:
-        file.write(f"{stop + 1},0.1")  # killed in a row
-    assert timeless(train(second, IMAGES, c2)) == expected[stop - stop % 2 :]
-    assert same(weights(second), weights(calm)) and not same(weights(calm), weights(tiny(width=8)))
-    assert timeless(read_log(c2.log)) == expected
-    assert_same_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
 
 
 def test_a_finished_run_is_resumed_prolonged_and_started_anew(tmp_path):
@@ -187,19 +167,17 @@ def test_a_damaged_resume_file_is_refused_by_name(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("checkpoint", "log", "message"),
-    [("folder.safetensors", None, "folder.safetensors is not a .safetensors file"),
-     ("c.pt", None, "c.pt is not a .safetensors file"),
+    [("c.pt", None, "c.pt is not a .safetensors file"),
      ("c.safetensors", "other.csv", "other.csv is not a .csv file that train may write to"),
      ("m.safetensors", None, "m.safetensors is a model without m.resume.pt.*or pass resume=False")],
 )  # fmt: skip
 def test_files_that_train_may_not_write_to_are_refused_at_the_call(tmp_path, checkpoint, log, message):
-    (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "other.csv").write_bytes("größe,1\n".encode("latin-1"))
     tiny().save(tmp_path / "m.safetensors")
-    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=message):
         train(tiny(), IMAGES, config(checkpoint=tmp_path / checkpoint, log=log and tmp_path / log))
-    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".lock"} == before
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".lock"} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, a disk that is always full, is Linux's")
