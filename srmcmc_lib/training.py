@@ -153,9 +153,10 @@ def alarm(state: Progress, d: float, force: float, distance: float, Δ: list[Ten
                 f"{ratio:.2f} times ‖x⁺ − z‖, more than alarm={config.alarm:g} (alarm=None goes on).")  # fmt: skip
     else:
         return
-    older = f", or from {previous(config.checkpoint)}" if config.checkpoint and state.resumes else ""
+    older = previous(config.checkpoint) if config.checkpoint and state.resumes else None
+    back = f", or from {older}" if older and older.exists() else ""
     raise FloatingPointError(f"training {what} Remedies: a rate below {rate:.3g}, a sigma above {sigma:.3g}, more "
-                             f"Langevin steps, or another seed; start anew{older}.")  # fmt: skip
+                             f"Langevin steps, or another seed; start anew{back}.")  # fmt: skip
 
 
 @torch.no_grad()
