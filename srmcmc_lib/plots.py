@@ -85,7 +85,7 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     `stages` holds (K, records of `train`) for each stage of a training run, drawn one after the other.
     """
     figure, (left, right) = subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    before = 0
+    before, last = 0, None
     for K, records in stages:
         step, window = before + np.array([r.step for r in records]), min(smooth, len(records))
         for ax, values in ((left, [r.d for r in records]), (right, [K * r.grad_norm for r in records])):
@@ -94,8 +94,10 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
             ax.plot(step[window - 1 :], mean, color="C0", lw=1.6, label="" if before else f"mean of {window}")
             if before:
                 ax.axvline(before, color="k", lw=0.6, ls=":")
-            ax.annotate(f"K = {K}", (step.mean(), 1.02), xycoords=ax.get_xaxis_transform(), ha="center", fontsize=7)
-        before = step[-1]
+            ax.locator_params(axis="x", nbins=5)
+            name, top = "" if last == K else f"K = {K}", ax.get_xaxis_transform()
+            ax.annotate(name, (step.mean(), 1.02), xycoords=top, ha="center", fontsize=8)
+        before, last = step[-1], K
     left.axhline(0, color="k", lw=0.6)
     left.set(xlabel="update", ylabel=r"d = mean f($x^+$) − mean f($x^-$)")
     left.legend(frameon=False, fontsize=8)
@@ -103,7 +105,7 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
     return figure
 
 
-def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 80) -> HTML:
+def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 64) -> HTML:
     """At most 40 figures of one size, or one that changes, as frames of a player without a kernel, as by to_jshtml."""
     writer = HTMLWriter(fps, embed_frames=True, default_mode="once")
     writer.frame_format = "jpeg"  # noise as PNG takes three times as much
@@ -111,7 +113,7 @@ def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 80) -> HTML:
         for i, writer.fig in enumerate(figures):
             if i == 0:
                 writer.setup(writer.fig, f"{folder}/player.html", dpi)
-            writer.grab_frame(pil_kwargs={"quality": 60})
+            writer.grab_frame(pil_kwargs={"quality": 50})
         writer.finish()
         html = re.sub("<link[^>]*>", "", writer.outfile.read_text("utf-8"))  # its icons are a font of another site's
     signs = dict(zip(re.findall('<i class="fa.*?</i>', html), "−«‹◀‖▶›»+", strict=True))

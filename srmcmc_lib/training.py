@@ -141,7 +141,8 @@ def alarm(state: Progress, d: float, force: float, distance: float, Δ: list[Ten
     """Raises FloatingPointError, before θ moves, where training has diverged or is about to.
 
     A chain of K steps can travel K·s·‖∂f/∂x‖ and has to go ‖x⁺ − z‖, from the noise to the data. The ratio is 0.9 … 1.2
-    for the paper's CIFAR-10 (Table 2), up to 1.5 in healthy runs here, and climbs 50 … 100 updates before d explodes.
+    for the paper's CIFAR-10 (Table 2), up to 1.9 at the end of long healthy runs here (their recipes set alarm=2), and
+    climbs 50 … 100 updates before d explodes.
     """
     config, kernel = state.config, state.model.kernel
     ratio = state.watch(kernel.steps * kernel.step_size * force / distance)
