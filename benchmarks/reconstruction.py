@@ -1,7 +1,7 @@
 """Reconstruction, measured: the speed of its gradients, memory against K, errors on held-out images.
 
     python benchmarks/reconstruction.py speed memory                 # a minute or two; no model is needed
-    python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images, 200 iterations: about 20 minutes
+    python benchmarks/reconstruction.py errors --model fashion_mnist # 256 test images, 200 iterations: over an hour
     python benchmarks/reconstruction.py errors --model fashion_mnist_smooth --iterations 8  # each costs 4 chains
 
 Times are ratios within one run; bytes are the CPU allocator's.

@@ -69,7 +69,8 @@ def to_uint8(x: Tensor) -> Tensor:
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """ValueError unless images is a uint8 tensor [n ≥ 1, *shape]."""
     if images.dtype != torch.uint8 or len(shape) != 3 or not len(images) or images.shape[1:] != torch.Size(shape):
-        got = f"{type(images).__name__} of {images.dtype} {[*images.shape]}; data.to_uint8 converts floats in [-1, 1]"
+        hint = "; data.to_uint8 converts floats in [-1, 1]" if "float" in str(images.dtype) else ""
+        got = f"{type(images).__name__} of {images.dtype} {[*images.shape]}{hint}"
         raise ValueError(f"images must be a uint8 tensor [n, {', '.join(map(str, shape))}], got a {got}")
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 aten = torch.ops.aten
-ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains are inverted within rounding, those of 0.1 are not quite
+ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains are inverted almost exactly, those of 0.1 less so
 
 
 class RoundedLeakyReLU(nn.Module):

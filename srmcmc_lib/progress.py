@@ -110,7 +110,7 @@ class Progress:
             remedy = f"rename {older} to {path.name}" if (older := previous(path)).exists() else anew
             raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
         if differ:
-            raise ValueError(f"{path} was made with {', '.join(differ)}: set it back, or {anew}")
+            raise ValueError(f"{path} was made with {', '.join(differ)}: set it back, take another name, or {anew}")
         self.resumes = True
         if self.step == self.config.updates:  # nothing left to do
             self.finish(Record(**self.model.training["last"]))

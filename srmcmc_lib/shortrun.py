@@ -39,8 +39,11 @@ class ShortRun:
     training: dict = field(default_factory=dict)  # its record (settings, updates, seconds), JSON-compatible
 
     def __post_init__(self):
+        if not hasattr(self.kernel, "steps"):
+            raise ValueError(f"kernel must be like Langevin(steps=100), got {self.kernel!r}")
         if type(self.prior) not in PRIORS.values():  # a checkpoint could not be read back
-            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
+            raise ValueError(f"prior must be of a class in srmcmc_lib.noise.PRIORS ({', '.join(PRIORS)}), got "
+                             f"{self.prior!r}: enter a class of your own there")  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, int, int]:

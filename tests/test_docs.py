@@ -21,7 +21,6 @@ def blocks(page: str, language: str) -> str:
 
 
 def commands() -> list[str]:
-    """Of blocks without a language, one line each, and of the text."""
     lines = "\n".join(blocks(page, "") for page in PAGES).replace("\\\n", " ").splitlines()
     said = [c for page in PAGES.values() for c in re.findall(r"`((?:python|make) [^`]+)`", page.read_text())]
     return [line.partition(" # ")[0].strip() for line in lines + said]

@@ -16,7 +16,6 @@ MODEL = ShortRun(EnergyNet(*np.array([1, 8]), width=np.int64(4)), Langevin(K, no
 
 
 def by_hand(z, U):
-    """x ← x + s f'(x) + ε u as a plain loop."""
     path = [z]
     for _, u in zip(range(K), U, strict=False):
         x = path[-1].clone().requires_grad_()
@@ -42,9 +41,8 @@ def test_samples_are_the_model_at_the_seeds_z_and_u_whatever_the_batch():
 @pytest.mark.parametrize("images", [3, 1], ids=["own noise", "shared noise"])
 def test_the_chain_is_the_plain_loop_and_another_k_its_continuation(images):
     z, U = torch.rand(3, *SHAPE), torch.randn(K, images, *SHAPE)
-    *path, x = MODEL.trajectory(z, U)
-    torch.testing.assert_close([*path, x], by_hand(z, U))
-    u = U.double().numpy()
+    torch.testing.assert_close([*MODEL.trajectory(z, U)], by_hand(z, U))
+    x, u = MODEL(z, U), U.double().numpy()
     torch.testing.assert_close([MODEL(z.double(), u), MODEL(z.numpy(), list(u)), MODEL(z, iter(U.double()))], [x] * 3)
     torch.testing.assert_close(MODEL(z), by_hand(z, repeat(0.0))[-1])  # no noise: plain ascent
     torch.testing.assert_close([*MODEL.with_steps(9).trajectory(z)][K], MODEL(z))
@@ -68,7 +66,8 @@ MISTAKES = {
     "step_size must be positive, noise at least 0, both finite; got nan": lambda: Langevin(2, float("nan")),
     "f must map 3 images to one differentiable number each, .*; got None": lambda: [*chain(print, Z, Langevin())],
     "does not depend on x": lambda: [*chain(lambda x: torch.ones(3, requires_grad=True), Z, Langevin())],
-    "prior must be one of Uniform, Gaussian": lambda: ShortRun(MODEL.f, prior=object()),
+    "kernel must be like Langevin": lambda: ShortRun(MODEL.f, 20),
+    r"prior must be of a class in srmcmc_lib.noise.PRIORS \(Uniform": lambda: ShortRun(MODEL.f, prior=object()),
     r"a seed \(or a torch.Generator\) must be an integer in 0 … .*, got -1": lambda: MODEL.sample(1, -1),
     r"z must have the shape \[B, 1, 8, 8\], got \[3, 1, 4, 8\]": lambda: MODEL(Z[:, :, :4]),
     "z contains NaN or infinity": lambda: MODEL(Z + float("nan")),
@@ -81,7 +80,8 @@ MISTAKES = {
     "leave each image at least one": lambda: MODEL.reconstruct(Z, mask=torch.zeros(8, 8)),
     "ran away within K = 9 steps": lambda: ShortRun(MODEL.f, Langevin(9, noise=1e38)).sample(2, 0),
     "ran away within K = 7 steps": lambda: ShortRun(MODEL.f, Langevin(7, 1e9)).sample(2, 0),  # finite, and no images
-    "left the finite numbers at every iteration": lambda: MODEL.reconstruct(Z + 1e30),
+    "x reaches 99, images lie in": lambda: MODEL.reconstruct(Z + 99),
+    "left the finite numbers at every iteration": lambda: ShortRun(MODEL.f, Langevin(9, 1e38)).reconstruct(Z),
 }  # fmt: skip
 
 
