@@ -124,7 +124,8 @@ class Progress:
             differ.append(f"{saved['step']} updates where they end at {config.updates} now")
         lowered = config.rate_final is not None or config.sigma_final is not None
         if lowered and saved["horizon"] != (config.horizon or config.updates):
-            differ.append(f"horizon={saved['horizon']} where it is {config.horizon} now")
+            now = config.horizon or config.updates
+            differ.append(f"horizon={saved['horizon']} (None: as many updates as it had) where it is {now} now")
         return differ
 
     def _fill(self, saved: dict) -> None:

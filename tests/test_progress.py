@@ -129,7 +129,7 @@ def test_only_a_runs_own_files_become_its_previous(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [(dict(rate=2e-3), "rate=0.001 where it is 0.002 now"), (dict(updates=1), "2 updates where they end at 1"),
-     (dict(updates=4), "horizon=2 where it is None now"), (dict(model=tiny(steps=4)), "kernel="),
+     (dict(updates=4), "horizon=2 .* where it is 4 now"), (dict(model=tiny(steps=4)), "kernel="),
      (dict(model=tiny(width=3)), "network=")],
 )  # fmt: skip
 def test_resuming_with_other_settings_is_refused_at_the_call(tmp_path, change, message):

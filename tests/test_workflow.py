@@ -117,7 +117,7 @@ def test_success_replaces_the_folder_and_failure_keeps_it(home):
     assert manifest["parameters"] == {"steps": 7, "rate": 1, "name": "", "live": False, "sizes": [1, 2], "seed": None}
 
     toy(home, DRAW, "if steps:\n    1 / 0  # here\nx = 2")
-    with pytest.raises(Mistake, match=r'(?s)"In \[4\]".*1 / 0  # here.*ZeroDivisionError.*00_toy@a.failed.ipynb'):
+    with pytest.raises(Mistake, match=r'(?s)00_toy@a.failed.ipynb.*"In \[4\]".*1 / 0  # here.*ZeroDivisionError: .*o$'):
         run_notebook.run(notebook, file, {"steps": 1}, "a", 60)
     assert {p.name for p in folder.iterdir()} == made and (folder / "figure.png").read_text() == "7 1"
 

@@ -69,8 +69,8 @@ def execute(notebook: Path, output: Path, values: dict, figures: str, cell_timeo
             notebook, output, values, kernel_name="python3", cwd=notebook.parent, execution_timeout=cell_timeout,
             start_timeout=300, progress_bar=sys.stderr.isatty(), extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
-    except Exception as error:  # a cell's own error, a time-out or a dead kernel, each with its class
-        raise Mistake(f"{notebook} failed: {type(error).__name__}: {error}\nExecuted so far: {output}") from None
+    except (Exception, KeyboardInterrupt) as error:  # a cell's own error, a time-out, a dead kernel or Ctrl-C
+        raise Mistake(f"{notebook} failed; so far: {output}\n{type(error).__name__}: {error}".rstrip()) from None
     nb.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in nb.cells:
         for key in ("papermill", "execution", *([] if cell.metadata.get("tags") else ["tags"])):
