@@ -114,7 +114,7 @@ def reconstruct(
     eta = (0.5 if gradient == "inverted" else 0.1) if eta is None else eta
     if not 0 < eta < math.inf:
         raise ValueError(f"eta must be positive and finite, got {eta!r}")
-    if (x := model._checked(x, "x")).min() >= 0 and x.max() > 20:  # samples are not clamped and may leave [-1, 1]
+    if not ((x := model._checked(x, "x")).min() < 0 or x.max() <= 20):  # samples are not clamped to [-1, 1]
         raise ValueError(f"x reaches {x.max():.0f}, images lie in [-1, 1]; data.to_float converts 0 … 255")
     mask = torch.ones_like(x) if mask is None else torch.as_tensor(mask).to(x).expand_as(x)
     if not ((mask == 0) | (mask == 1)).all() or not mask.flatten(1).any(1).all():
