@@ -123,8 +123,8 @@ class Progress:
         if saved["step"] > config.updates:
             differ.append(f"{saved['step']} updates where they end at {config.updates} now")
         lowered = config.rate_final is not None or config.sigma_final is not None
-        if lowered and saved["horizon"] != (config.horizon or config.updates):
-            now = config.horizon or config.updates
+        now = config.horizon or config.updates
+        if lowered and saved["horizon"] != now:
             differ.append(f"horizon={saved['horizon']} (None: as many updates as it had) where it is {now} now")
         return differ
 

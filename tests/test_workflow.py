@@ -263,15 +263,15 @@ def test_a_shipped_model_is_what_its_recipe_and_card_say_and_makes_images(name):
 
 
 def test_an_untrained_model_measures_as_noise(tmp_path):
-    model = ShortRun(EnergyNet(1, 32, 2), Langevin(2), dataset="fashion_mnist_mini", training={"recipe": {"limit": 99}})
-    path = model.save(tmp_path / "weak.safetensors")
+    weak = ShortRun(EnergyNet(1, 32, 2), Langevin(2), dataset="fashion_mnist_mini", training={"recipe": {"limit": 500}})
+    path = weak.save(tmp_path / "weak.safetensors")
     measured = measure(path, samples=120, seed=3)
     rows = {name: row["classifier_frechet"] for name, row in measured["rows"].items()}
     assert 0.5 * rows["p_0 noise"] < rows["samples"] < 1.5 * rows["p_0 noise"]
     assert rows["test images"] < 0.05 * rows["samples"] and measured["to_test"]["reference"] == 2_000
     assert measured["memorisation"]["samples"] > 2 * measured["memorisation"]["held_out"]
     assert sum(measured["classes"].values()) == pytest.approx(1) and json.dumps(measured)
-    slopes = [model.f.gradient(x).flatten(1).norm(dim=1) for x in model.trajectory(model.draw_z(128, 3), 3)]
+    slopes = [weak.f.gradient(x).flatten(1).norm(dim=1) for x in weak.trajectory(weak.draw_z(128, 3), 3)]
     assert measured["force"] == pytest.approx(torch.stack(slopes[:2]).mean(1).sum().item())
     with pytest.raises(ValueError, match="samples must be an integer of at least 100"):
         measure(path, samples=99)
