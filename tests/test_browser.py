@@ -1,7 +1,6 @@
-"""JupyterLab and Voilà in a real browser: explore.ipynb runs, its sliders move the picture; screenshots are kept.
+"""JupyterLab, Voilà and the book in a real browser: sliders and players move the picture; screenshots are kept.
 
-Skipped without Playwright (pip install .[browser,app]) or a browser (Debian: apt-get install chromium). Screenshots
-go to .cache/screenshots.
+Skipped without Playwright (pip install .[browser,app]) or a browser (Debian: apt-get install chromium).
 """
 
 import importlib.util
@@ -79,9 +78,8 @@ def serve(tmp_path_factory):
         server.wait(30)
 
 
-@pytest.fixture(scope="module")
-def lab(serve):
-    return serve("jupyterlab", "--allow-root", "--IdentityProvider.token=", "--LabApp.user_settings_dir=settings")
+LAB = ("jupyterlab", "--allow-root", "--IdentityProvider.token=", "--LabApp.user_settings_dir=settings")
+lab = pytest.fixture(scope="module")(lambda serve: serve(*LAB))
 
 
 def use_the_explorer(page, name: str) -> None:
@@ -116,14 +114,10 @@ def use_the_explorer(page, name: str) -> None:
     page.locator(".widget-label", has_text=re.compile("mean squared error")).wait_for()
     page.wait_for_timeout(2000)
     page.screenshot(path=SHOTS / f"{name}-reconstruct.png")
-    reconstruct_a_picture_and_a_drawing(page, name)
-
-
-def reconstruct_a_picture_and_a_drawing(page, name: str) -> None:
     shown = page.locator(".jupyter-widget-tab img:visible").first
     changed = "([image, before]) => image.src != before"
     before = shown.get_attribute("src")
-    page.get_by_role("button", name="picture", exact=True).click()
+    page.get_by_role("button", name="picture", exact=True).click()  # one of a person's own
     with page.expect_file_chooser() as chooser:
         page.locator(".jupyter-widget-tab .widget-upload").click()
     chooser.value.set_files(SHOTS / f"{name}-chain.png")
@@ -143,28 +137,61 @@ def reconstruct_a_picture_and_a_drawing(page, name: str) -> None:
         page.screenshot(path=SHOTS / f"{name}-drawing.png")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_jupyterlab_opens_the_notebook(page, lab, notebook):
+def open_notebook(page, lab, notebook: str) -> None:
     page.goto(f"{lab}/lab/tree/notebooks/{notebook}?reset")
     page.locator(".jp-Notebook .jp-RenderedMarkdown h1").first.wait_for()
+
+
+def run_cells(page, which: str) -> None:
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=which, exact=True).click()
+
+
+def play(page, name: str) -> None:
+    player = page.locator(".animation").first
+    player.scroll_into_view_if_needed()
+    first = player.locator("img").get_attribute("src")
+    player.get_by_title("Next frame").click()
+    assert player.locator("img").get_attribute("src") != first
+    page.screenshot(path=SHOTS / f"{name}-player.png")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_jupyterlab_opens_the_notebook(page, lab, notebook):
+    open_notebook(page, lab, notebook)
     assert not page.locator(".jp-Dialog").count()
     page.screenshot(path=SHOTS / f"{notebook.removesuffix('.ipynb')}.png")
 
 
 def test_explore_in_jupyterlab(page, lab):
-    page.goto(f"{lab}/lab/tree/notebooks/explore.ipynb?reset")
-    page.locator(".jp-Notebook .jp-RenderedMarkdown h1").first.wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    open_notebook(page, lab, "explore.ipynb")
+    run_cells(page, "Run All Cells")
     page.locator(PICTURE).nth(1).scroll_into_view_if_needed()
     use_the_explorer(page, "lab")
-    player = page.locator(".animation")
-    player.scroll_into_view_if_needed()
-    first = player.locator("img").get_attribute("src")
-    player.get_by_title("Next frame").click()
-    assert player.locator("img").get_attribute("src") != first
-    page.screenshot(path=SHOTS / "lab-player.png")
+    play(page, "lab")
+
+
+def test_sliders_of_02_in_jupyterlab(page, lab):
+    open_notebook(page, lab, "02_interpolation.ipynb")
+    page.locator(".jp-CodeCell .cm-content", has_text="widgets.explore(draw").click()
+    run_cells(page, "Run All Above Selected Cell")
+    page.keyboard.press("Control+Enter")
+    page.locator(".widget-output img").wait_for()
+    changed = "before => ![undefined, before].includes(document.querySelector('.widget-output img')?.src)"
+    for i in range(2):  # ρ, k
+        before = page.locator(".widget-output img").get_attribute("src")
+        page.locator(".noUi-handle").nth(i).focus()
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function(changed, arg=before)
+    page.screenshot(path=SHOTS / "lab-02.png")
+
+
+def test_the_book(page, tmp_path):
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", "-d", tmp_path / "trees", ".", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True)
+    page.goto((tmp_path / "notebooks/02_interpolation.html").as_uri())
+    play(page, "book")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("voila"), reason="needs Voilà: pip install .[app]")

@@ -10,10 +10,7 @@ from srmcmc_lib import LinearEnergy, observed, paths
 from srmcmc_lib.data import labels, to_float
 from srmcmc_lib.features import NAME, load_classifier, load_features, responses
 
-
-@pytest.fixture
-def x():
-    return to_float(observed("fashion_mnist_mini", limit=6))
+x = pytest.fixture(lambda: to_float(observed("fashion_mnist_mini", limit=6)))
 
 
 def test_the_shipped_classifier_is_as_good_as_its_card_says():

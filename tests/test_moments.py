@@ -13,11 +13,7 @@ from srmcmc_lib.features import responses
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(p.stem for p in paths.PRETRAINED.glob("moments_*.json"))
-
-
-@pytest.fixture
-def model():
-    return ShortRun(LinearEnergy(layer=1), Langevin(steps=3, noise=0.0))
+model = pytest.fixture(lambda: ShortRun(LinearEnergy(layer=1), Langevin(steps=3, noise=0.0)))
 
 
 def test_a_match_tells_error_chance_and_outliers():
