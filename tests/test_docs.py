@@ -44,7 +44,7 @@ def test_links_paths_and_names_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https)([^)#\s]+)", text):
         assert (PAGES[page].parent / target).exists(), target
     for path in re.findall(r"((?:srmcmc_lib|workflow|benchmarks|notebooks)/[\w./-]*[\w/])", text):
-        assert (ROOT / path).exists() or path == "notebooks/05_name.ipynb", path
+        assert (ROOT / path).exists() or path == "notebooks/07_name.ipynb", path
     for name in re.findall(r"\bsrmcmc_lib(?:\.[a-zA-Z_]\w+)+", text):
         pkgutil.resolve_name(name)
 
