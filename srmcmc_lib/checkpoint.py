@@ -5,8 +5,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,12 +24,13 @@ SCHEMA = {"network": dict, "kernel": dict, "prior": dict, "dataset": str, "train
 
 
 def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
-    """Writes aside and renames, so that an interrupted save leaves the old file; returns the path."""
+    """Writes a temporary file and renames it: an interrupted save leaves the old file. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = plain({"format": FORMAT, "library": installed("srmcmc"), **meta})
+    meta = plain({"format": FORMAT, **meta})
     with aside(path) as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"srmcmc": json.dumps(meta)})
+        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}  # two layers may share one
+        save_file(copies, part, {"srmcmc": json.dumps(meta)})
     return path
 
 
@@ -39,7 +40,7 @@ def plain(meta: dict) -> dict:
 
 
 def copy(source: str | Path, target: str | Path) -> None:
-    """Copies aside and renames, so that a killed run leaves no half file."""
+    """Copies to a temporary file and renames it, so that a killed run leaves no half file."""
     with aside(Path(target)) as part:
         shutil.copyfile(source, part)
 
@@ -100,6 +101,9 @@ class Lock:
         os.close(self.file)
 
 
+LIVE: WeakValueDictionary[Path, Lock] = WeakValueDictionary()  # closing one of two would unlock the file for both
+
+
 def claim(config) -> list[Lock]:
     """Makes the folders of config's checkpoint and log, and locks both for this process, as long as the result lives.
 
@@ -110,12 +114,6 @@ def claim(config) -> list[Lock]:
         other = suffix == ".csv" and path.is_file() and path.read_bytes()[:7] not in (b"", b"step,d,")
         if path.suffix != suffix or path.is_dir() or other:
             raise ValueError(f"{path} is not a {suffix} file that train may write to: give another name")
-    return [Lock(path) for path, _ in named]
-
-
-def installed(package: str) -> str:
-    """The version of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:  # the library used from the checkout
-        return "unknown (not installed)"
+    locks = [LIVE.get(path.absolute()) or Lock(path) for path, _ in named]
+    LIVE.update({path.absolute(): lock for (path, _), lock in zip(named, locks, strict=True)})
+    return locks

@@ -18,7 +18,7 @@ EMBEDDED_TRAIN = 40_000  # training images in the package: as many as the paper 
 
 
 def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split: str = "train") -> Tensor:
-    """The observed examples x_i ~ p_data, uint8 [n, C, image_size, image_size]; C = 1 where all are grey, otherwise 3.
+    """Observed examples x_i ~ p_data, uint8 [n, C, image_size, image_size]; C = 1 where all are stored as grey, else 3.
 
     Args:
         name: "fashion_mnist", "fashion_mnist_mini" (its 10,000 test images: 8,000 to train on, 2,000 to test), the

@@ -95,11 +95,11 @@ def refresh(climbed: nn.Module, f: nn.Module) -> None:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """On CUDA, "float32" means float32 in this block, not the TF32 that cuDNN takes by default; put back after it."""
+    """On CUDA, only "tf32" allows TF32 in this block (cuDNN takes it by default); put back after it."""
     with ExitStack() as after:
         for b in (torch.backends.cudnn, torch.backends.cuda.matmul) if device.type == "cuda" else ():
             after.callback(setattr, b, "allow_tf32", b.allow_tf32)
-            b.allow_tf32 = precision != "float32"
+            b.allow_tf32 = precision == "tf32"
         yield
 
 
@@ -108,4 +108,4 @@ def keep_pages() -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones take no more than 32 MiB

@@ -72,7 +72,8 @@ class EnergyNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # faster on CPUs
 
     def __init_subclass__(cls):
-        if "forward" in vars(cls) and "gradient" not in vars(cls):
+        forward, gradient = (next(i for i, c in enumerate(cls.mro()) if k in vars(c)) for k in ("forward", "gradient"))
+        if forward < gradient:
             cls.gradient = None  # another f has another gradient: automatic differentiation
 
     @property
@@ -123,9 +124,9 @@ def rescale(f: nn.Module, c: float) -> None:
     layers = [m for m in scaled.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for p in layers[-1].parameters() if layers else ():
         p.mul_(c)
-    x = torch.linspace(-1, 1, f.channels * f.image_size**2, device=next(f.parameters()).device)
-    x = x.view(1, f.channels, f.image_size, f.image_size)
-    if not torch.allclose(scaled(x), c * f(x), rtol=1e-3):
+    x = torch.linspace(-1, 1, f.channels * f.image_size**2).view(1, f.channels, f.image_size, f.image_size)
+    x = x.to(next(f.parameters()))
+    if not torch.allclose(scaled(x), c * f(x), rtol=1e-2):
         raise ValueError(f"{type(f).__name__} cannot be scaled: its value must come from its last convolution or "
                          "linear layer")  # fmt: skip
     f.load_state_dict(scaled.state_dict())

@@ -47,7 +47,7 @@ def load_classifier(source: str | Path = NAME) -> Classifier:
 
 class Features(nn.Module):
     """h(x): float images [B, C, H, W] in [-1, 1] → [B, d]: frozen `responses` [B, d, H', W'] averaged over space. With
-    `cells`: means of y and y² in cells[i]² parts of the image, y responses of layer i (0: pixels; 0 parts: none)."""
+    `cells`: means of y and y² in cells[i]² parts of the image (0: none), y the output of layer i, layer 0 the image."""
 
     def __init__(self, responses: nn.Module, channels: int, image_size: int, cells: list[int] | None = None):
         super().__init__()
@@ -66,7 +66,7 @@ class Features(nn.Module):
 
 
 def load_features(layer=None, source: str | Path | Classifier = NAME, cells: list[int] | None = None) -> Features:
-    """h(x) of one layer, 1 … 4 (d = 32, 64, 128, 128; None: the deepest), or of layer + 1 `cells`, of a classifier."""
+    """h(x) of a layer, 1 … 4 (d = 32, 64, 128, 128; None: the deepest), or of all up to it by layer + 1 `cells`."""
     model = source if isinstance(source, Classifier) else load_classifier(source)
     layer = len(model.stages) if layer is None else integer("layer", layer, 1, len(model.stages))
     # batch normalisation becomes part of the convolution: 0.8 of the time

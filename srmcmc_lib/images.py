@@ -86,10 +86,10 @@ def load(key: str) -> tuple[np.ndarray, list[str]] | None:
 
 def prepare(key: str, size: int, items: Sequence, read: Callable[[object], Image.Image], channels: int = 1,
             limit: int | None = None, remedy: str = "") -> tuple[np.ndarray, list[str]]:  # fmt: skip
-    """Stores what `read` makes of items, "L" or "RGB", size × size, under a key that says all that decides it.
+    """Stores what `read` makes of items, "L" or "RGB", size × size, under a key that changes whenever the result would.
 
     Returns load(key); ValueError where no image or, with a `remedy`, not every one is readable. channels=1 becomes 3
-    when one is coloured; `limit` counts images. Files are written aside and renamed, whole: interruptions do no harm.
+    when one is coloured; `limit` counts images. Temporary files are renamed at the end: interruptions do no harm.
     """
 
     def pixels(item) -> np.ndarray | None:
@@ -133,7 +133,7 @@ def _stamp(files: list[Path]) -> str:  # changes when a file is changed, added, 
 
 
 def _walk(root: Path, seen: set[str]) -> list[Path]:
-    """Files below root but hidden ones, by path, through links, each folder once (none in `seen`); locked ones too."""
+    """All files below root, sorted, through links, locked ones too; without hidden files and the folders in `seen`."""
     files = []
     for here, folders, names in os.walk(root, followlinks=True, onerror=lambda e: files.append(Path(e.filename))):
         new = os.path.realpath(here) not in seen

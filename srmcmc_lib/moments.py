@@ -82,7 +82,7 @@ def learn(
     η_t = rate / (1 + t/decay)^⅔. The average has weights of about t³ (Shamir and Zhang 2013).
 
     Args:
-        model, data: with a LinearEnergy, whose θ starts the run and becomes the average at its end; E_data[h], [d].
+        model, data: f is a LinearEnergy; training starts from its θ, and leaves the average there. E_data[h], [d].
         images: uint8 [n, C, H, W]. If θ = 0, four stand for the chains' last states in G, lest training diverge.
         rate, decay, damping: η_0, and the update at which it starts to fall; λ as a fraction of ‖G‖.
         renew: every so many updates, G is made anew from four chains' states: first, half way and last.
@@ -104,7 +104,7 @@ def learn(
         if not Δ.norm() <= 10 * (first := first or Δ.norm()):
             raise FloatingPointError(f"training diverged at update {t + 1}: take a rate below {rate:g} or more damping")
         y, r, p = 0, Δ, Δ  # conjugate gradients: y → (G + λ I)⁻¹ Δ
-        for _ in range(12):
+        for _ in range(min(12, len(Δ))):  # more than d steps would divide 0 by 0
             Ap, rr = gram(model.f.h, seen, p) + damping * v.norm() * p, r @ r
             y, r = y + rr / (p @ Ap) * p, r - rr / (p @ Ap) * Ap
             p = r + r @ r / rr * p

@@ -8,7 +8,7 @@ EMBEDDED, PRETRAINED = PACKAGE / "embedded", PACKAGE / "pretrained"
 
 
 def home() -> Path:
-    """$SRMCMC_HOME, or the checkout this package runs from, or the working directory of an installed package."""
+    """$SRMCMC_HOME (for `make`, another checkout), or this package's checkout, or, installed, the working directory."""
     checkout = (PACKAGE.parent / "pyproject.toml").exists()
     return Path(os.environ.get("SRMCMC_HOME", PACKAGE.parent if checkout else Path.cwd())).expanduser()
 

@@ -106,7 +106,7 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
 
 
 def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 64) -> HTML:
-    """At most 40 figures of one size, or one that changes, as frames of a player without a kernel, as by to_jshtml."""
+    """A player that needs no kernel. Its frames are figures of one size, or one figure that is drawn anew each time."""
     writer = HTMLWriter(fps, embed_frames=True, default_mode="once")
     writer.frame_format = "jpeg"  # noise as PNG takes three times as much
     with TemporaryDirectory() as folder:

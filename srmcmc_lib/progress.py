@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import json
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,8 +42,9 @@ class Progress:
         self.adam = torch.optim.Adam(self.theta, lr=config.rate)
         self.averaged = copy.deepcopy(model.f) if config.average else model.f  # mean θ, which checkpoints hold
         self.ratios: deque[float] = deque(maxlen=WATCHED)
-        shared = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | {"device": model.device.type}
-        self.settings = json.loads(json.dumps(shared | {"images": list(images.shape)} | model.config))
+        shared = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | model.config
+        here = {"device": model.device.type, "images": list(images.shape), "dataset": model.dataset}
+        self.settings = checkpoint.plain(shared | here)
 
     def watch(self, ratio: float) -> float:
         """Adds one update's ratio; the mean over WATCHED updates, 0 before there are as many."""
@@ -66,7 +66,7 @@ class Progress:
                 mean.lerp_(p, 1 - decay)
 
     def save(self, record: Record, main: bool = True) -> None:
-        """Writes checkpoint and resume file; the last ones become NAME.previous, or go if another run made them."""
+        """Writes checkpoint and resume file. Those before are kept as NAME.previous, unless another run wrote them."""
         path, self.model.training, resumes = Path(self.config.checkpoint), self._described(record), self.resumes
         self.resumes = True  # on all ranks
         if not main:
@@ -119,9 +119,10 @@ class Progress:
 
     def _differences(self, saved: dict) -> list[str]:
         was, config = saved["settings"], self.config
-        differ = [f"{k}={was[k]!r} where it is {here!r} now" for k, here in self.settings.items() if was[k] != here]
+        pairs = ((k, was.get(k, here), here) for k, here in self.settings.items())  # older files have no data set
+        differ = [f"{k}={before!r} where it is {here!r} now" for k, before, here in pairs if before != here]
         if saved["step"] > config.updates:
-            differ.append(f"{saved['step']} updates where they end at {config.updates} now")
+            differ.append(f"{saved['step']} updates, more than the {config.updates} asked for now")
         lowered = config.rate_final is not None or config.sigma_final is not None
         now = config.horizon or config.updates
         if lowered and saved["horizon"] != now:
@@ -143,8 +144,8 @@ class Progress:
 
 def previous(path: str | Path) -> Path:
     """Where the file before the last one is kept: NAME.previous.safetensors for NAME.safetensors."""
-    name, _, suffix = Path(path).name.partition(".")
-    return Path(path).with_name(f"{name}.previous.{suffix}")
+    name, suffix = Path(path).name, ".resume.pt" if str(path).endswith(".resume.pt") else Path(path).suffix
+    return Path(path).with_name(f"{name.removesuffix(suffix)}.previous{suffix}")
 
 
 def resume_file(path: Path) -> Path:

@@ -75,7 +75,7 @@ class ShortRun:
         """Yields the K + 1 states of the chain from z [B, C, H, W], each [B, C, H, W]; `*path, x = …` gives both.
 
         u is the chain's noise: None for the noise-free chain (u = 0), a seed or torch.Generator (image i takes noise
-        stream i), or K tensors that broadcast to z (one [K, 1, C, H, W] tensor shares noise). ValueError where z or u
+        stream i), or K tensors [B or 1, C, H, W] (one [K, 1, C, H, W] tensor shares noise). ValueError where z or u
         has a wrong shape, NaN or infinity.
         """
         z = self._checked(z)
@@ -166,6 +166,8 @@ class ShortRun:
             raise ValueError(f"{path} holds weights of a {network.get('class')}: build one and pass it as f=")
         if kernel is None and "class" in meta["kernel"]:
             raise ValueError(f"{path} has a kernel {meta['kernel']['class']}: build one and pass it as kernel=")
+        if meta["prior"].get("class") not in list(PRIORS):
+            raise ValueError(f"{path} has a prior {meta['prior'].get('class')}: enter its class in noise.PRIORS")
         if f is not None and (here := cls(f).config["network"]) != network:
             raise ValueError(f"{path} holds the network {network}, but f is {here}")
         try:

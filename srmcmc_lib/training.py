@@ -14,11 +14,9 @@ from .data import check_images, to_float
 from .devices import arithmetic, chain_copy, keep_pages, ranks, refresh, resolved, same_everywhere, share, summed
 from .energy import rescale
 from .langevin import chain, gradient, integer
-from .noise import Gaussian, fresh
+from .noise import fresh
 from .progress import Progress, Record, open_log, previous
 from .shortrun import ShortRun
-
-NORMAL = Gaussian()  # N(0, I)
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ def _algorithm_1(model: ShortRun, images: Tensor, config: TrainConfig, state: Pr
             which = torch.randint(len(images), (m,), generator=data)[mine]  # all ranks draw m, each keeps its share
             x_plus = to_float(images[which.to(images.device)], device)  # line 1: m observed images
             z = model.prior.draw(shape, start)[mine]  # line 2: m chains start anew, nothing persists
-            x_plus = x_plus + sigma * NORMAL.draw(shape, noise)[mine]  # line 3
-            U, force = (NORMAL.draw(shape, walk)[mine] for _ in range(kernel.steps)), 0.0
+            x_plus = x_plus + sigma * torch.randn(shape, generator=noise, device=device)[mine]  # line 3
+            U, force = (torch.randn(shape, generator=walk, device=device)[mine] for _ in range(kernel.steps)), 0.0
             refresh(climbed, f)
             for x_minus, slope in chain(climbed, z, kernel, U):  # line 4: K Langevin steps
                 force = force + slope.flatten(1).norm(dim=1).sum() / (kernel.steps * m)
@@ -162,19 +160,24 @@ def alarm(state: Progress, d: float, force: float, distance: float, Δ: list[Ten
 
 @torch.no_grad()
 def check_contract(model: ShortRun) -> None:
-    """ValueError where f is no function of the images, mixes them, or changes from call to call (model contract)."""
-    z = model.draw_z(4, 0)  # in twos below, because batch normalisation may refuse a single image
-    gradient(model.f, z)  # raises errors of its own
+    """ValueError where f is not in float32, no function of the images, mixes them, or changes from call to call."""
+    name, z = type(model.f).__name__, model.draw_z(4, 0)
+    if any(p.dtype != torch.float32 for p in model.f.parameters()):
+        raise ValueError(f"{name} must be in float32 for training: model.to(torch.float32)")
+    slope = gradient(model.f, z)  # raises errors of its own
+    if getattr(model.f, "gradient", None) and not (slope - gradient(model.f.forward, z)).norm() <= 0.01 * slope.norm():
+        raise ValueError(f"{name}.gradient is not the gradient of {name}.forward: correct it, or set gradient = None")
+    # in twos, because batch normalisation may refuse a single image
     together, again, apart = model.f(z), model.f(z), torch.cat([model.f(z[:2]), model.f(z[2:])])
     if not torch.allclose(together, again, 1e-3, 1e-4) or not torch.allclose(together, apart, 1e-3, 1e-4):
-        raise ValueError(f"{type(model.f).__name__} breaks the model contract: f of an image must not depend on the "
+        raise ValueError(f"{name} breaks the model contract: f of an image must not depend on the "
                          "other images nor on the call; take out batch normalisation and dropout")  # fmt: skip
 
 
 def grow(model: ShortRun, steps: int) -> ShortRun:
     """The model with another K and almost the same images: f is scaled by K_old / K_new, so that K·s·f' is kept.
 
-    A model trained with a cheap short chain is so a good start for the paper's K = 100. Our addition; scales in place.
+    So a model trained with a cheap short chain is a good start for the paper's K = 100. Our addition; scales in place.
     """
     grown = model.with_steps(steps)
     rescale(model.f, model.kernel.steps / grown.kernel.steps)

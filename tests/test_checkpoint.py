@@ -1,15 +1,19 @@
 """One file holds the whole model; damaged files and NaN are named; nothing is ever unpickled."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_training import Linear
+from safetensors.torch import load_file, save_file
+from test_training import Linear, tiny
 from torch import nn
 
 from srmcmc_lib import EnergyNet, Gaussian, Langevin, ShortRun, checkpoint
+from srmcmc_lib.noise import PRIORS
+
+GOLDEN = load_file(Path(__file__).parent / "golden.safetensors")
 
 
 @pytest.fixture
@@ -30,15 +34,19 @@ def test_a_checkpoint_holds_everything(path):
         ShortRun.load("shoes")
 
 
-def test_a_kernel_of_ones_own_must_be_given_again(path):
+def test_a_kernel_and_a_prior_of_ones_own_must_be_given_again(path, monkeypatch):
     class Clipped(Langevin):
         def step(self, x, gradient, u):
             return super().step(x, gradient, u).clamp(-1, 1)
 
-    file = replace(ShortRun.load(path), kernel=Clipped(7, 0.5, 0.02)).save(path)
+    monkeypatch.setitem(PRIORS, "Grey", type("Grey", (Gaussian,), {}))
+    file = replace(ShortRun.load(path), kernel=Clipped(7, 0.5, 0.02), prior=PRIORS["Grey"](0.1)).save(path)
     with pytest.raises(ValueError, match="Clipped: build one and pass it as kernel="):
         ShortRun.load(file)
     assert ShortRun.load(file, kernel=Clipped(7, 0.5, 0.02)).sample(2, seed=0).abs().max() <= 1
+    monkeypatch.delitem(PRIORS, "Grey")
+    with pytest.raises(ValueError, match=r"has a prior Grey: enter its class in noise\.PRIORS"):
+        ShortRun.load(file, kernel=Clipped(7, 0.5, 0.02))
 
 
 def rewritten(path, bias):  # right names, another content
@@ -69,3 +77,16 @@ def test_a_network_of_ones_own_is_filled_by_load(path):
     for f, message in ((None, "of a Linear: build"), (other, "damaged or"), (EnergyNet(1, 8), "but f is")):
         with pytest.raises(ValueError, match=f"^{path} .*{message}"):
             ShortRun.load(path, f=f)
+    model.f.again = model.f.w  # two layers share their weights
+    assert ShortRun.load(model.save(path), f=model.f).sample(2, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
+def test_old_weights_give_the_images_that_they_gave(activation):
+    """Within rounding: samples, a row between two z, and 12 iterations of reconstruction, of the first version."""
+    model = tiny(5, 4, activation=activation)
+    model.f.load_state_dict({k: GOLDEN[f"{activation}.f.{k}"] for k in model.f.state_dict()})
+    z, rec = model.draw_z(3, 1), model.reconstruct(GOLDEN[f"{activation}.sample"], iterations=12, seed=4)
+    found = {"sample": model.sample(3, seed=7), "interpolate": model.interpolate(z[:1], z[1:2], [1.0, 0.5, 0.0], u=2)}
+    for name, value in (found | {"rec.z": rec.z, "rec.x": rec.x, "rec.errors": rec.errors}).items():
+        torch.testing.assert_close(value, GOLDEN[f"{activation}.{name}"], rtol=1e-4, atol=1e-5)

@@ -58,6 +58,8 @@ class Tempered(EnergyNet):
 def test_another_forward_has_another_gradient_and_rescale_refuses_it():
     f, other, x = EnergyNet(1, 8, width=2), Tempered(1, 8, width=2), torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(gradient(other, x), EnergyNet.gradient(other, x) - x)
+    mixed = type("Mixed", (type("Twice", (), {"forward": lambda f, x: 2 * EnergyNet.forward(f, x)}), EnergyNet), {})
+    assert mixed.gradient is None
     before = f(x), other(x)
     rescale(f, 0.3)
     torch.testing.assert_close(f(x), 0.3 * before[0])

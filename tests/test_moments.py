@@ -54,6 +54,12 @@ def test_training_finds_the_moments_of_a_known_theta():
     assert moments.match(model.f.h, model.sample(64, seed=6), data, start).relative < 0.1
 
 
+def test_two_moments_are_enough():
+    model, images = ShortRun(LinearEnergy(layer=1, cells=[1, 0]), Langevin(3)), observed("fashion_mnist_mini", limit=64)
+    *_, last = moments.learn(model, responses(model.f.h, images).mean(0), images, updates=3, batch_size=4)
+    assert len(last.delta) == 2 and last.mean.isfinite().all()
+
+
 def test_a_training_run_that_diverges_says_so(model):
     data = responses(model.f.h, observed("fashion_mnist", limit=50)).mean(0)
     with pytest.raises(FloatingPointError, match=r"training diverged at update .* a rate below 10000"):

@@ -71,6 +71,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     folder.mkdir()
     busy = train(tiny(), IMAGES, config(checkpoint=tmp_path / "busy.safetensors"))
     next(busy)
+    train(tiny(), IMAGES, config(checkpoint=tmp_path / "busy.safetensors"))  # given up at once: busy keeps its lock
 
     (tmp_path / "child.py").write_text(CHILD.format(tests=str(Path(__file__).parent)))
     root = str(Path(__file__).parents[1])
@@ -128,9 +129,9 @@ def test_only_a_runs_own_files_become_its_previous(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(dict(rate=2e-3), "rate=0.001 where it is 0.002 now"), (dict(updates=1), "2 updates where they end at 1"),
+    [(dict(rate=2e-3), "rate=0.001 where it is 0.002 now"), (dict(updates=1), "2 updates, more than the 1"),
      (dict(updates=4), "horizon=2 .* where it is 4 now"), (dict(model=tiny(steps=4)), "kernel="),
-     (dict(model=tiny(width=3)), "network=")],
+     (dict(model=tiny(width=3)), "network="), (dict(model=replace(tiny(), dataset="other")), "dataset=''")],
 )  # fmt: skip
 def test_resuming_with_other_settings_is_refused_at_the_call(tmp_path, change, message):
     c, other = config(updates=2, sigma_final=0.0, checkpoint=tmp_path / "c.safetensors"), change.pop("model", tiny())

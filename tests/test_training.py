@@ -10,6 +10,7 @@ from torch import Generator, nn
 
 from srmcmc_lib import EnergyNet, Langevin, ShortRun, TrainConfig, Uniform, observed, train
 from srmcmc_lib.data import to_float
+from srmcmc_lib.langevin import gradient
 from srmcmc_lib.noise import fresh
 from srmcmc_lib.progress import WATCHED, Progress, learning_curves, read_log
 from srmcmc_lib.training import alarm, grow
@@ -177,6 +178,11 @@ def test_a_network_that_breaks_the_model_contract_is_refused_at_the_call(layer):
     f.w = nn.Sequential(layer, f.w)
     with pytest.raises(ValueError, match="breaks the model contract"):
         train(ShortRun(f, Langevin(2)), IMAGES, config())
+    f.w = nn.Linear(64, 1)
+    f.gradient = lambda x: -gradient(f.forward, x)  # that of the energy, not of f
+    for model, message in ((ShortRun(f), "Linear.gradient is not"), (tiny().to(torch.bfloat16), "be in float32")):
+        with pytest.raises(ValueError, match=message):
+            train(model, IMAGES, config())
 
 
 def test_grow_keeps_K_times_the_force_and_refuses_a_bad_K_before_it_touches_f():

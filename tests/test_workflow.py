@@ -74,7 +74,7 @@ WRONG = {
     "00_toy: {step: 3}": r"00_toy: step is not a parameter of .*steps, rate",
     "00_toy: {steps: 2.5}": "steps=2.5 is not int",
     "00_toy: {rate: 1e-4}": "rate='1e-4' is not float like 0.1 is; write numbers as in 1.0e-4",
-    "00_toy: {steps: 1, steps: 2}": "given twice, after line 0",
+    "00_toy: {steps: 1, steps: 2}": "given twice, from line 1 on",
     "00_toi: {}": "00_toi.ipynb is not a notebook: FileNotFoundError",
 }
 
@@ -193,8 +193,9 @@ def test_a_recipe_repeats_and_goes_on_where_it_stopped(tmp_path):
     assert [(K, len(records)) for K, records in learning_curves(first)] == [(2, 3), (4, 2)]
     card = json.loads(first.with_suffix(".json").read_text())
     assert card == ShortRun.load(first).training and card["recipe"] == TINY and card["precision"] == "float32"
-    with pytest.raises(Mistake, match=r"stage2\.safetensors comes from an earlier stage 1: delete it"):
-        trained(tmp_path, "a", stages=[TINY["stages"][0] | {"updates": 4}, TINY["stages"][1]])
+    for _ in range(2):
+        with pytest.raises(Mistake, match=r"stage 2 in .*/a is of another run of stage 1: .* all stage2\.\*"):
+            trained(tmp_path, "a", stages=[TINY["stages"][0] | {"updates": 4}, TINY["stages"][1]])
 
 
 def test_the_checkpoint_nearest_to_the_training_images_is_kept(tmp_path, monkeypatch):
@@ -202,6 +203,8 @@ def test_the_checkpoint_nearest_to_the_training_images_is_kept(tmp_path, monkeyp
     monkeypatch.setattr(train_model, "embed", lambda images, device=None: images)
     monkeypatch.setattr(train_model, "scores", lambda images, reference: {"classifier_frechet": next(distances)})
     stages = [TINY["stages"][0] | {"updates": 7, "checkpoint_every": 2}]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/candidate-5.safetensors").touch()  # of another run
     path = trained(tmp_path, "a", stages=stages, select={"first": 3, "samples": 6, "seed": 1})
     assert torch.equal(weights(path), weights(tmp_path / "a/candidate-6.safetensors"))
     found = ShortRun.load(path).training["selection"]["classifier_frechet"]

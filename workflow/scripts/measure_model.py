@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the library of t
 from srmcmc_lib import LinearEnergy, ShortRun, moments, observed, paths
 from srmcmc_lib.checkpoint import find
 from srmcmc_lib.data import CLASSES, to_float, to_uint8
-from srmcmc_lib.devices import PRECISIONS, arithmetic, ranks
+from srmcmc_lib.devices import arithmetic, ranks
 from srmcmc_lib.langevin import chain, integer
 from srmcmc_lib.metrics import NAMES, class_shares, embed, nearest_images, sanity_rows, scores
 from srmcmc_lib.noise import chain_noise
@@ -25,19 +25,22 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
     integer("samples", samples, 100)
     device, model = ranks().device, ShortRun.load(source, device=ranks().device, precision=precision)
     if isinstance(model.f, LinearEnergy):
-        found = moments.match(model.f.h, model.sample(samples, seed), *moments.targets(model))
+        found = moments.match(model.f.float().h, model.sample(samples, seed), *moments.targets(model))
         error = {"beyond_4_standard_errors": found.beyond()}
         return {"samples": samples, "seed": seed, "relative": found.relative, "by_chance": found.by_chance} | error
     if space == "classifier" and not model.dataset.startswith("fashion_mnist"):
         raise ValueError(f"the classifier knows Fashion-MNIST, not {model.dataset!r}: take --space inception")
     size, limit = model.f.image_size, model.training.get("recipe", {}).get("limit", 40_000)
     training, held_out = observed(model.dataset, size, limit), observed(model.dataset, size, split="test")
+    measured = {"samples": samples, "seed": seed, "reference": f"the {len(training):,} training images"}
     with arithmetic("float32", device):
         learned = embed(training, space, device=device)  # first: it fails where the space does not take such images
         x = model.sample(samples, seed).cpu()
         images = {"samples": to_uint8(x), **sanity_rows(held_out, seed)}
         rows = {name: embed(row, space, device=device) for name, row in images.items()}
-    measured = {"samples": samples, "seed": seed, "reference": f"the {len(training):,} training images"}
+        U = chain_noise(seed, model.kernel.steps, model.shape, 128, 0, device)
+        steps = chain(model.f, model.draw_z(128, seed), model.kernel, U)
+        measured["force"] = sum(slope.flatten(1).norm(dim=1).mean().item() for _, slope in steps)
     measured["rows"] = {name: scores(row, learned, space, seed) for name, row in rows.items()}
     measured["to_test"] = scores(rows["samples"], rows["test images"], space, seed)
     shown, memory = {"samples": x[:1_000].clamp(-1, 1), "held_out": to_float(held_out[:1_000])}, to_float(training)
@@ -45,9 +48,6 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
     if space == "classifier":
         share, measured["entropy"] = class_shares(rows["samples"][1])
         measured["classes"] = dict(zip(CLASSES, share.tolist(), strict=True))
-    U = chain_noise(seed, model.kernel.steps, model.shape, 128, 0, device)
-    steps = chain(model.f, model.draw_z(128, seed), model.kernel, U)
-    measured["force"] = sum(slope.flatten(1).norm(dim=1).mean().item() for _, slope in steps)
     return measured
 
 
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--space", choices=NAMES, default="classifier")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the chain")
+    parser.add_argument("--precision", choices=("float32", "bf16", "auto"), default="float32", help="of the chain")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the shipped models, measure nothing")
     args = parser.parse_args()

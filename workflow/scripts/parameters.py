@@ -26,7 +26,7 @@ def read_yaml(file: Path) -> dict:
         raise Mistake(f"{file} must map names to values, like the other files in workflow/")
     for node in [root, *(v for _, v in root.value if isinstance(v, yaml.MappingNode))]:
         if len({key.value for key, _ in node.value}) < len(node.value):
-            raise Mistake(f"{file}: a name is given twice, after line {node.start_mark.line}")
+            raise Mistake(f"{file}: a name is given twice, from line {node.start_mark.line + 1} on")
     return content
 
 

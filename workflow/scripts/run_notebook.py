@@ -16,10 +16,10 @@ import nbconvert
 import nbformat
 import papermill
 import yaml
-from parameters import Mistake, check, defaults, merged, read
+from parameters import Mistake, check, merged, read
 
 ROOT = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("SRMCMC_HOME", ROOT))
+HOME = Path(os.environ.get("SRMCMC_HOME", ROOT)).expanduser()
 FIGURES = Path(os.environ.get("SRMCMC_FIGURES", HOME / "figures"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -30,7 +30,6 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
     entry, entries = f"{notebook.stem}@{variant}" if variant else notebook.stem, read(file)[0]
     if entry not in entries:
         raise Mistake(f"{file} has no entry {entry!r}; it has: {', '.join(entries)}")
-    merged(notebook, "--set", overrides)
     values = merged(notebook, f"{file}: {entry}", entries[entry]) | overrides
     group = "custom" if overrides else "" if file.stem == "cpu" else file.stem  # those of cpu are committed
     folder, so_far, started = FIGURES / group / entry, FIGURES / group / f"{entry}.failed.ipynb", time.perf_counter()
@@ -96,17 +95,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check all entries, run nothing")
     parser.add_argument("--in-place", action="store_true", help="run with the defaults, store the outputs")
     args = parser.parse_args()
-    if args.cell_timeout < 1 or not (args.check or args.notebook):
-        parser.error("name a notebook, and a cell time-out of at least 1 second")
+    if args.cell_timeout < 1 or not (args.check or args.notebook) or (args.in_place and args.overrides):
+        parser.error("name a notebook, and a cell time-out of at least 1 second; --in-place takes no --set")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder aside and the kernel go too
     if args.check:
         print(f"{args.parameters}: {len(check(args.parameters, HOME / 'notebooks'))} runs, all parameters known")
     words = (text.partition("=") for text in args.overrides)
     overrides = {name: yaml.safe_load(value) if value else "" for name, _, value in words}  # YAML: nothing is None
+    for notebook in args.notebook:
+        merged(notebook, "--set", overrides)
     for notebook in [] if args.check else args.notebook:
         if args.in_place:
             written, so_far = notebook, Path(tempfile.gettempdir()) / notebook.name
-            defaults(notebook)
             with tempfile.TemporaryDirectory() as aside:  # its figures are thrown away
                 nbformat.write(execute(notebook, so_far, {}, aside, args.cell_timeout), notebook)
         else:

@@ -19,7 +19,7 @@ from srmcmc_lib.features import NAME, Classifier, responses
 
 
 def train_classifier(images: Tensor, targets: Tensor, epochs: int, batch_size: int = 128, seed: int = 0) -> Classifier:
-    """Cross-entropy, Adam with the one-cycle schedule, every other image mirrored; images uint8 [n, 1, 32, 32]."""
+    """Cross-entropy, Adam with the one-cycle schedule, half of the images mirrored; images uint8 [n, 1, 32, 32]."""
     torch.manual_seed(seed)
     model, batches = Classifier().train(), len(images) // batch_size
     adam = torch.optim.Adam(model.parameters())

@@ -36,8 +36,7 @@ RECIPES = ROOT / "workflow/recipes"
 
 def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tuple[int, dict]]]:
     """A recipe without `commit`, and (K, settings) of its stages; Mistake where it has a fault, in a late stage too."""
-    recipe = read_yaml(file)
-    recipe.pop("commit", None)
+    recipe = {k: v for k, v in read_yaml(file).items() if k != "commit"}
     kind = "moments" if "moments" in recipe else "stages"
     try:
         optional = {"select", "start"} if kind == "stages" else {"label"}
@@ -86,7 +85,7 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
 
 def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[ShortRun, dict, dict[str, Path]]:
     """The trained model, what its card says of it, and its logs."""
-    rule, main, device, trained = recipe.get("select"), ranks().is_main_process, ranks().device, 0
+    rule, main, device = recipe.get("select"), ranks().is_main_process, ranks().device
     logs = {f"-stage{i}": work / f"stage{i}.csv" for i in range(1, len(stages) + 1)}
     configs = [TrainConfig(**settings, checkpoint=str(log.with_suffix(".safetensors")), log=str(log))
                for (_, settings), log in zip(stages, logs.values(), strict=True)]  # fmt: skip
@@ -96,14 +95,17 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
     if "start" in recipe:  # another model's weights
         model.f.load_state_dict(ShortRun.load(recipe["start"]).f.state_dict())
     for i, ((K, _), config) in enumerate(zip(stages, configs, strict=True), start=1):
-        model = grow(model, K)
-        if rule and i == len(stages) and rule["first"] == 0 and main:  # what the stage starts from may be the nearest
-            model.save(work / "candidate-0.safetensors")
-        if trained and Path(config.checkpoint).exists():
-            raise Mistake(f"{config.checkpoint} comes from an earlier stage {trained}: delete it")
-        for record in train(model, images, config):  # none where an earlier run had finished this stage
-            trained, saved = i, record.step % config.checkpoint_every == 0
-            if rule and i == len(stages) and saved and record.step >= rule["first"] and main:
+        model, before = grow(model, K), model.training.get("last")  # of the stage before, and of that run alone
+        model.training, keeps = {"before": before}, rule and main and i == len(stages)
+        updates = train(model, images, config)  # none where an earlier run had finished this stage
+        if model.training.get("before") != before:
+            raise Mistake(f"stage {i} in {work} is of another run of stage {i - 1}: delete its files, all stage{i}.*")
+        if keeps and "last" not in model.training:  # it starts anew
+            [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
+            if rule["first"] == 0:  # what the stage starts from may be the nearest
+                model.save(work / "candidate-0.safetensors")
+        for record in updates:
+            if keeps and record.step % config.checkpoint_every == 0 and record.step >= rule["first"]:
                 copy(config.checkpoint, work / f"candidate-{record.step}.safetensors")
     card = {"precision": ", ".join({resolved(c.precision, device): 0 for c in configs})}
     if rule and main:
@@ -151,6 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("--precision", choices=PRECISIONS, help="of the chain (default: the recipe's, or auto)")
     args = parser.parse_args()
     file = file if (file := Path(args.name)).suffix else RECIPES / f"{args.name}.yaml"
-    out = args.out or (paths.checkpoints() / "retrained" if file.parent == RECIPES else file.parent)
+    out = args.out or (paths.checkpoints() / "retrained" if RECIPES in file.resolve().parents else file.parent)
     run(file, args.work or paths.checkpoints() / file.stem, out, args.precision)
     ranks().destroy_process_group()
