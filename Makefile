@@ -26,7 +26,7 @@ export MALLOC_TOP_PAD_ := 268435456
 
 help:
 	@echo 'make figures      run the notebooks that changed, with workflow/parameters/$$PROFILE.yaml (PROFILE=cpu)'
-	@echo 'make test         ruff, pytest, and every notebook through nbval'
+	@echo 'make test         ruff, pytest, and the notebooks through nbval (without the appendix)'
 	@echo 'make checkpoints  train the shipped models again, into checkpoints/retrained/ (hours)'
 	@echo 'make lab          open the notebooks in JupyterLab'
 	@echo 'make app          the explorer without code, in a browser (Voilà)'

@@ -29,7 +29,7 @@ def write(path: str | Path, meta: dict, tensors: dict[str, Tensor]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = plain({"format": FORMAT, **meta})
     with aside(path) as part:
-        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}  # two layers may share one
+        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}  # layers may share one
         save_file(copies, part, {"srmcmc": json.dumps(meta)})
     return path
 
@@ -88,12 +88,10 @@ class Lock:
     """Keeps other processes from a file as long as it lives. The system takes away the lock of a killed process."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path.with_name(f".{path.name}.lock")
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
         try:
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another process is training to {path}: wait for it, or give another name") from error
 
@@ -101,7 +99,7 @@ class Lock:
         os.close(self.file)
 
 
-LIVE: WeakValueDictionary[Path, Lock] = WeakValueDictionary()  # closing one of two would unlock the file for both
+LIVE: WeakValueDictionary[tuple, Lock] = WeakValueDictionary()  # closing one of two would unlock the file for both
 
 
 def claim(config) -> list[Lock]:
@@ -114,6 +112,8 @@ def claim(config) -> list[Lock]:
         other = suffix == ".csv" and path.is_file() and path.read_bytes()[:7] not in (b"", b"step,d,")
         if path.suffix != suffix or path.is_dir() or other:
             raise ValueError(f"{path} is not a {suffix} file that train may write to: give another name")
-    locks = [LIVE.get(path.absolute()) or Lock(path) for path, _ in named]
-    LIVE.update({path.absolute(): lock for (path, _), lock in zip(named, locks, strict=True)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+    keys = [(os.getpid(), path.absolute()) for path, _ in named if fcntl]  # a forked process does not inherit locks
+    locks = [lock if (lock := LIVE.get(key)) and lock.path.exists() else Lock(key[1]) for key in keys]
+    LIVE.update(zip(keys, locks, strict=True))
     return locks

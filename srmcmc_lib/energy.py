@@ -120,13 +120,14 @@ class EnergyNet(nn.Module):
 @torch.no_grad()
 def rescale(f: nn.Module, c: float) -> None:
     """f ← c·f in place, by its last convolution or linear layer; ValueError where that would not scale f."""
-    scaled = copy.deepcopy(f)
+    dtype = torch.promote_types(next(f.parameters()).dtype, torch.float32)  # bfloat16 is too coarse to compare in
+    exact, scaled = (copy.deepcopy(f).to(dtype) for _ in range(2))
     layers = [m for m in scaled.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for p in layers[-1].parameters() if layers else ():
         p.mul_(c)
     x = torch.linspace(-1, 1, f.channels * f.image_size**2).view(1, f.channels, f.image_size, f.image_size)
-    x = x.to(next(f.parameters()))
-    if not torch.allclose(scaled(x), c * f(x), rtol=1e-2):
+    x = x.to(next(scaled.parameters()))
+    if not torch.allclose(scaled(x), c * exact(x), rtol=1e-3):
         raise ValueError(f"{type(f).__name__} cannot be scaled: its value must come from its last convolution or "
                          "linear layer")  # fmt: skip
     f.load_state_dict(scaled.state_dict())

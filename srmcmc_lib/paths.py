@@ -8,7 +8,7 @@ EMBEDDED, PRETRAINED = PACKAGE / "embedded", PACKAGE / "pretrained"
 
 
 def home() -> Path:
-    """$SRMCMC_HOME (for `make`, another checkout), or this package's checkout, or, installed, the working directory."""
+    """$SRMCMC_HOME (`make` needs a checkout there), or this package's checkout, or, installed, the working folder."""
     checkout = (PACKAGE.parent / "pyproject.toml").exists()
     return Path(os.environ.get("SRMCMC_HOME", PACKAGE.parent if checkout else Path.cwd())).expanduser()
 

@@ -89,7 +89,7 @@ def reconstruct(
     returned, because the error need not fall at every iteration. Neither η_t nor u is given in the paper.
 
     Args:
-        iterations: T ≥ 1; costs T + 1 runs of the chain, 4 T + 1 for "inverted", about 5 T for "adjoint".
+        iterations: T ≥ 1; costs T + 1 runs of the chain, 4 T + 1 for "inverted", 6 to 7 T for "adjoint".
         eta: the largest η_t > 0; None is 1/2 (a whole step) for "inverted", else 0.1.
         schedule: "cosine" (η_t falls to 0) or "constant"; None is "constant" for "inverted", else "cosine".
         gradient: how the error is carried back to z. "residual": as it is, so that the iteration is

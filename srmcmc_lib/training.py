@@ -160,18 +160,17 @@ def alarm(state: Progress, d: float, force: float, distance: float, Δ: list[Ten
 
 @torch.no_grad()
 def check_contract(model: ShortRun) -> None:
-    """ValueError where f is not in float32, no function of the images, mixes them, or changes from call to call."""
-    name, z = type(model.f).__name__, model.draw_z(4, 0)
-    if any(p.dtype != torch.float32 for p in model.f.parameters()):
+    """ValueError where f is not in float32, mixes images, changes from call to call, or has a wrong `gradient`."""
+    name, z = type(model.f).__name__, model.draw_z(4, 0)  # in twos below: batch normalisation may refuse one image
+    if any(p.dtype != torch.float32 for p in model.f.parameters() if p.requires_grad):
         raise ValueError(f"{name} must be in float32 for training: model.to(torch.float32)")
     slope = gradient(model.f, z)  # raises errors of its own
-    if getattr(model.f, "gradient", None) and not (slope - gradient(model.f.forward, z)).norm() <= 0.01 * slope.norm():
-        raise ValueError(f"{name}.gradient is not the gradient of {name}.forward: correct it, or set gradient = None")
-    # in twos, because batch normalisation may refuse a single image
     together, again, apart = model.f(z), model.f(z), torch.cat([model.f(z[:2]), model.f(z[2:])])
     if not torch.allclose(together, again, 1e-3, 1e-4) or not torch.allclose(together, apart, 1e-3, 1e-4):
         raise ValueError(f"{name} breaks the model contract: f of an image must not depend on the "
                          "other images nor on the call; take out batch normalisation and dropout")  # fmt: skip
+    if getattr(model.f, "gradient", None) and not (slope - gradient(model.f.forward, z)).norm() <= 0.01 * slope.norm():
+        raise ValueError(f"{name}.gradient is not the gradient of {name}.forward: correct it, or set gradient = None")
 
 
 def grow(model: ShortRun, steps: int) -> ShortRun:

@@ -25,9 +25,9 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
     integer("samples", samples, 100)
     device, model = ranks().device, ShortRun.load(source, device=ranks().device, precision=precision)
     if isinstance(model.f, LinearEnergy):
-        found = moments.match(model.f.float().h, model.sample(samples, seed), *moments.targets(model))
-        error = {"beyond_4_standard_errors": found.beyond()}
-        return {"samples": samples, "seed": seed, "relative": found.relative, "by_chance": found.by_chance} | error
+        m = moments.match(ShortRun.load(source).f.h.to(device), model.sample(samples, seed), *moments.targets(model))
+        error = {"beyond_4_standard_errors": m.beyond()}
+        return {"samples": samples, "seed": seed, "relative": m.relative, "by_chance": m.by_chance} | error
     if space == "classifier" and not model.dataset.startswith("fashion_mnist"):
         raise ValueError(f"the classifier knows Fashion-MNIST, not {model.dataset!r}: take --space inception")
     size, limit = model.f.image_size, model.training.get("recipe", {}).get("limit", 40_000)

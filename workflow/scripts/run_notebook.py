@@ -20,7 +20,7 @@ from parameters import Mistake, check, merged, read
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("SRMCMC_HOME", ROOT)).expanduser()
-FIGURES = Path(os.environ.get("SRMCMC_FIGURES", HOME / "figures"))
+FIGURES = Path(os.environ.get("SRMCMC_FIGURES", HOME / "figures")).expanduser()
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 

@@ -95,11 +95,11 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
     if "start" in recipe:  # another model's weights
         model.f.load_state_dict(ShortRun.load(recipe["start"]).f.state_dict())
     for i, ((K, _), config) in enumerate(zip(stages, configs, strict=True), start=1):
-        model, before = grow(model, K), model.training.get("last")  # of the stage before, and of that run alone
+        model, before = grow(model, K), {k: v for k, v in model.training.get("last", {}).items() if k != "seconds"}
         model.training, keeps = {"before": before}, rule and main and i == len(stages)
         updates = train(model, images, config)  # none where an earlier run had finished this stage
-        if model.training.get("before") != before:
-            raise Mistake(f"stage {i} in {work} is of another run of stage {i - 1}: delete its files, all stage{i}.*")
+        if model.training.get("before", before) != before:
+            raise Mistake(f"{work}/stage{i}.* are of another run of stage {i - 1}: delete them and those of later stages")
         if keeps and "last" not in model.training:  # it starts anew
             [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
             if rule["first"] == 0:  # what the stage starts from may be the nearest
