@@ -99,7 +99,7 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
         model.training, keeps = {"before": before}, rule and main and i == len(stages)
         updates = train(model, images, config)  # none where an earlier run had finished this stage
         if model.training.get("before", before) != before:
-            raise Mistake(f"{work}/stage{i}.* are of another run of stage {i - 1}: delete them and those of later stages")
+            raise Mistake(f"{work}/stage{i}.* are of another run of stage {i - 1}: delete them and later stages")
         if keeps and "last" not in model.training:  # it starts anew
             [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
             if rule["first"] == 0:  # what the stage starts from may be the nearest
