@@ -118,9 +118,8 @@ class Progress:
                 self.model.save(file)
 
     def _differences(self, saved: dict) -> list[str]:
-        was, config = saved["settings"], self.config
-        pairs = ((k, was.get(k, here), here) for k, here in self.settings.items())  # older files have no data set
-        differ = [f"{k}={before!r} where it is {here!r} now" for k, before, here in pairs if before != here]
+        was, config = {"dataset": self.model.dataset} | saved["settings"], self.config  # older files have no data set
+        differ = [f"{k}={was[k]!r} where it is {here!r} now" for k, here in self.settings.items() if was[k] != here]
         if saved["step"] > config.updates:
             differ.append(f"{saved['step']} updates, more than the {config.updates} asked for now")
         lowered = config.rate_final is not None or config.sigma_final is not None

@@ -166,8 +166,8 @@ class ShortRun:
             raise ValueError(f"{path} holds weights of a {network.get('class')}: build one and pass it as f=")
         if kernel is None and "class" in meta["kernel"]:
             raise ValueError(f"{path} has a kernel {meta['kernel']['class']}: build one and pass it as kernel=")
-        if meta["prior"].get("class", "Uniform") not in list(PRIORS):
-            raise ValueError(f"{path} has a prior {meta['prior']['class']}: enter its class in noise.PRIORS")
+        if (prior := meta["prior"].get("class")) and prior not in list(PRIORS):
+            raise ValueError(f"{path} has a prior {prior}: enter its class in noise.PRIORS")
         if f is not None and (here := cls(f).config["network"]) != network:
             raise ValueError(f"{path} holds the network {network}, but f is {here}")
         try:

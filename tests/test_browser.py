@@ -117,7 +117,7 @@ def use_the_explorer(page, name: str) -> None:
     shown = page.locator(".jupyter-widget-tab img:visible").first
     changed = "([image, before]) => image.src != before"
     before = shown.get_attribute("src")
-    page.get_by_role("button", name="picture", exact=True).click()  # one of a person's own
+    page.get_by_role("button", name="picture", exact=True).click()
     with page.expect_file_chooser() as chooser:
         page.locator(".jupyter-widget-tab .widget-upload").click()
     chooser.value.set_files(SHOTS / f"{name}-chain.png")
@@ -188,10 +188,9 @@ def test_sliders_of_02_in_jupyterlab(page, lab):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("myst_nb"), reason="needs the book's tools: pip install .[book]")
-def test_the_book(page, tmp_path):
-    command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", "-d", tmp_path / "trees", ".", tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True)
-    page.goto((tmp_path / "notebooks/02_interpolation.html").as_uri())
+def test_the_book(page):
+    subprocess.run(["make", "book"], cwd=ROOT, env=os.environ | {"VIRTUAL_ENV": sys.prefix}, check=True)
+    page.goto((ROOT / "build/book/notebooks/02_interpolation.html").as_uri())
     play(page, "book")
 
 

@@ -11,7 +11,8 @@ from srmcmc_lib.progress import Record
 
 
 def drawn(axes) -> np.ndarray:
-    return axes.images[0].get_array().data  # uint8 [H, W, 3]
+    (image,) = axes.images
+    return image.get_array().data  # uint8 [H, W, 3]
 
 
 @pytest.fixture
