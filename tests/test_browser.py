@@ -1,4 +1,4 @@
-"""JupyterLab, Voilà and the book in a real browser: sliders and players move the picture; screenshots are kept.
+"""JupyterLab, Voilà and the book in a real browser: sliders and players move the picture. Keeps shots and times.
 
 Skipped without Playwright (pip install .[browser,app]) or a browser (Debian: apt-get install chromium).
 """
@@ -27,10 +27,9 @@ SETTINGS = {  # all cells in the page, not only those in view; no news
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-CHANGES = """(selector) => {  // counts how often the picture changes from now on
-    window.changes = 0;
-    new MutationObserver(() => window.changes++)
-        .observe(document.querySelector(selector), {attributes: true, attributeFilter: ["src"]}); }"""
+CHANGES = """selector => { window.changes = 0;  // counts how often the picture changes from now on
+    new MutationObserver(() => window.changes++).observe(document.querySelector(selector), {attributes: true}) }"""
+SAYS = "text => [...document.querySelectorAll('.widget-label')].some(label => label.innerText.includes(text))"
 APP = ("voila", "notebooks/explore.ipynb", *re.findall(r"--TagRemove\S+", (ROOT / "Makefile").read_text()))
 PICTURE, CAPTION = ".jupyter-widget-tab img", ".jupyter-widget-tab .widget-label:has-text('middle row')"
 
@@ -89,11 +88,14 @@ def use_the_explorer(page, name: str) -> None:
     page.locator(PICTURE).nth(1).wait_for()
     page.wait_for_timeout(1500)  # then the bar is there as long as the first chains run on
     page.locator(".jupyter-widgets.widget-hprogress").wait_for(state="hidden")
+    seconds = {}  # until the new image is there; kept beside the screenshots, for a busy machine is no fault
     for i, shown in enumerate(("ρ = 0.69, k = 30 ", "ρ = 0.69, k = 29 ")):
         before = picture.screenshot()
         handles.nth(i).focus()
+        pressed = time.perf_counter()
         page.keyboard.press("ArrowLeft")
-        page.locator(CAPTION, has_text=shown).wait_for()
+        page.wait_for_function(SAYS, arg=shown)
+        seconds[shown] = time.perf_counter() - pressed
         page.wait_for_timeout(300)
         assert picture.screenshot() != before
     box = page.locator(".jupyter-widget-tab .noUi-base").nth(0).bounding_box()
@@ -110,6 +112,7 @@ def use_the_explorer(page, name: str) -> None:
     page.wait_for_timeout(300)
     assert f"ρ = {value}, k = 29 " in page.locator(CAPTION).inner_text() and 0.2 < float(value) < 0.4  # the last one
     page.screenshot(path=SHOTS / f"{name}-chain.png")
+    (SHOTS / f"{name}-seconds.json").write_text(json.dumps(seconds, ensure_ascii=False))
     page.get_by_role("tab", name="Reconstruct").click()
     page.locator(".widget-label", has_text=re.compile("mean squared error")).wait_for()
     page.wait_for_timeout(2000)

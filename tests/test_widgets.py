@@ -21,9 +21,7 @@ def test_sliders_and_the_seed_button_redraw_with_what_is_chosen():
     assert handle.options == (13, 20, 50) and handle.description == "K" and drawn[0] == 20 and drawn[-1] == 50
     box = widgets.explore(lambda **chosen: drawn.append(chosen), 3, ρ=([1.0, 0.5, 0.0], 0.5), k=([0, 10], 10))
     assert drawn[-1] == {"seed": 3, "ρ": 0.5, "k": 10}
-    head, sliders = box.children
-    button, shown = head.children
-    ρ, k = sliders.kwargs_widgets
+    (button, shown), (ρ, k) = box.children[0].children, box.children[1].kwargs_widgets
     ρ.value = 0.0
     assert drawn[-1] == {"seed": 3, "ρ": 0.0, "k": 10}
     button.click()
