@@ -1,4 +1,4 @@
-"""JupyterLab, Voilà and the book in a real browser: sliders and players move the picture. Keeps shots and times.
+"""In a real browser, sliders and players of JupyterLab, Voilà and the book move the picture. Times and shots are kept.
 
 Skipped without Playwright (pip install .[browser,app]) or a browser (Debian: apt-get install chromium).
 """
