@@ -116,6 +116,7 @@ def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 64) -> HTML:
             writer.grab_frame(pil_kwargs={"quality": 50})
         writer.finish()
         html = re.sub("<link[^>]*>", "", writer.outfile.read_text("utf-8"))  # its icons are a font of another site's
+    html = html.replace("<img ", f'<img style="width: {writer.fig.get_figwidth():.1f}in; max-width: 100%" ')
     signs = dict(zip(re.findall('<i class="fa.*?</i>', html), "−«‹◀‖▶›»+", strict=True))
     return HTML(re.sub('<i class="fa.*?</i>', lambda icon: signs[icon[0]], html))
 
