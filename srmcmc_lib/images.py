@@ -75,7 +75,7 @@ def named(name: str, size: int, limit: int | None, split: str) -> torch.Tensor:
 def load(key: str) -> tuple[np.ndarray, list[str]] | None:
     """What `prepare` stored: images, mapped copy-on-write, and unread items. None if missing or, warned of, damaged."""
     file, notes = paths.cache() / f"{key}.u8", paths.cache() / f"{key}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         stored = json.loads(notes.read_text(encoding="utf-8"))
         images = np.memmap(file, np.uint8, "c", shape=tuple(stored["shape"]))
         if (file.stat().st_size, _sample(images)) == (images.nbytes, stored["sample"]):

@@ -52,7 +52,7 @@ def _inception() -> nn.Module:
 def scores(images: Tensor | tuple, reference: Tensor | tuple, space: str = "classifier", seed: int = 0) -> dict:
     """Fréchet distance, kernel distance and class score against a reference, named as in NAMES, and how many images.
 
-    images, reference: uint8 [n ≥ 2, C, H, W], or what `embed` made of them in the same space (else ValueError).
+    images, reference: uint8 [n ≥ 2, C, H, W], or what `embed` made of them (ValueError where in another space).
     seed: of the 100 subsets over which the kernel distance is averaged, of 1,000 images, or of all if fewer.
     """
     (h, logits), (h_reference, _) = (x if isinstance(x, tuple) else embed(x, space) for x in (images, reference))

@@ -107,7 +107,7 @@ def training_curves(stages: Sequence[tuple[int, Sequence]], smooth: int = 25) ->
 
 def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 64) -> HTML:
     """A player that needs no kernel. Its frames are figures of one size, or one figure that is drawn anew each time."""
-    writer = HTMLWriter(fps, embed_frames=True, default_mode="once")
+    writer, signs = HTMLWriter(fps, embed_frames=True, default_mode="once"), iter("−«‹◀‖▶›»+")  # for its buttons
     writer.frame_format = "jpeg"  # noise as PNG takes three times as much
     with TemporaryDirectory() as folder:
         for i, writer.fig in enumerate(figures):
@@ -117,8 +117,7 @@ def player(figures: Iterable[Figure], fps: int = 5, dpi: int = 64) -> HTML:
         writer.finish()
         html = re.sub("<link[^>]*>", "", writer.outfile.read_text("utf-8"))  # its icons are a font of another site's
     html = html.replace("<img ", f'<img style="width: {writer.fig.get_figwidth():.1f}in; max-width: 100%" ')
-    signs = dict(zip(re.findall('<i class="fa.*?</i>', html), "−«‹◀‖▶›»+", strict=True))
-    return HTML(re.sub('<i class="fa.*?</i>', lambda icon: signs[icon[0]], html))
+    return HTML(re.sub('<i class="fa.*?</i>', lambda _: next(signs), html))
 
 
 def save(figure: Figure, notebook: str, name: str) -> Image:

@@ -168,15 +168,16 @@ class ShortRun:
             raise ValueError(f"{path} has a kernel {meta['kernel']['class']}: build one and pass it as kernel=")
         if (prior := meta["prior"].get("class")) and prior not in list(PRIORS):
             raise ValueError(f"{path} has a prior {prior}: enter its class in noise.PRIORS")
-        if f is not None and (here := cls(f).config["network"]) != network:
-            raise ValueError(f"{path} holds the network {network}, but f is {here}")
+        for part, own in (("network", f), ("kernel", kernel)):
+            if own is not None and (here := cls(f or nn.Identity(), kernel or Langevin()).config[part]) != meta[part]:
+                raise ValueError(f"{path} holds the {part} {meta[part]}, but yours is {here}")
         try:
             if f is None:  # the features' weights are in the file: their source is not asked for
                 f = _built(NETWORKS, network, **({"trained": False} if network["class"] == "LinearEnergy" else {}))
-            model = cls(f, kernel or Langevin(**meta["kernel"]), _built(PRIORS, meta["prior"]))
+            kernel, prior = kernel or Langevin(**meta["kernel"]), _built(PRIORS, meta["prior"])
+            model = cls(f, kernel, prior, meta["dataset"], meta["training"])
             f.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged or of another version, take another copy of it: {error}") from error
-        model.dataset, model.training = meta["dataset"], meta["training"]
         model.to(device)
         return model.to(torch.bfloat16) if resolved(precision, model.device) == "bf16" else model

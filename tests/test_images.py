@@ -171,8 +171,7 @@ def test_images_come_from_their_split_in_drawn_order(written):
 
 def ramp(start: float, stop: float, extent: int) -> torch.Tensor:
     """What a ramp 0 … 255 over `extent` pixels becomes where start … stop is resized to 64 pixels, borders left out."""
-    centres = start + (torch.arange(64) + 0.5) * (stop - start) / 64 - 0.5
-    return (centres * 255 / (extent - 1))[2:-2].expand(20, -1)
+    return ((start + (torch.arange(64) + 0.5) * (stop - start) / 64 - 0.5) * 255 / (extent - 1))[2:-2].expand(20, -1)
 
 
 def test_celeba_is_cropped_to_140_and_lsun_to_the_central_square(written):

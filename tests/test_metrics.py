@@ -35,8 +35,7 @@ def test_nearest_images_equal_a_plain_search_and_class_shares_a_count():
 
 
 def test_the_metrics_rank_what_they_must_and_frechet_is_the_formula_by_scipy(embedded):
-    rows = {k: scores(v, embedded["reference"]) for k, v in embedded.items()}
-    same, real, noisy, blurred, p_0 = rows.values()
+    same, real, noisy, blurred, p_0 = (scores(v, embedded["reference"]) for v in embedded.values())
     for name in ("classifier_frechet", "classifier_kernel"):
         assert real[name] < noisy[name] < p_0[name] and 5 * real[name] < blurred[name] < p_0[name]
     assert abs(same["classifier_frechet"]) < 1e-3 and real["classifier_score"] > 6 > 2 * p_0["classifier_score"]

@@ -26,8 +26,7 @@ def test_grid_shows_every_image_in_reading_order_and_clips(images):
     (axes,) = plots.image_grid(images, columns=3).axes
     pixels = drawn(axes)
     assert pixels.shape == (2 * 5 + 1, 3 * 5 + 1, 3)  # 4 pixels and a line of 1 between images
-    centres = pixels[3::5, 3::5, 0].ravel()[:6]
-    assert centres.tolist() == [0, 51, 102, 153, 204, 255]
+    assert pixels[3::5, 3::5, 0].ravel()[:6].tolist() == [0, 51, 102, 153, 204, 255]
 
 
 def test_strips_put_rows_down_and_labels_across(images):

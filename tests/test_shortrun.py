@@ -51,8 +51,7 @@ def test_the_chain_is_the_plain_loop_and_another_k_its_continuation(images):
 def test_noise_is_shared_along_a_row_unless_it_is_fresh():
     z1, z2 = MODEL.draw_z(6, 1).split(3)
     for u in (5, torch.randn(K, 1, *SHAPE), torch.randn(K, 3, *SHAPE)):
-        expected = torch.stack([MODEL(z1, u), MODEL(z2, u)], 1)
-        torch.testing.assert_close(MODEL.interpolate(z1, z2, [1, 0], u), expected)
+        torch.testing.assert_close(MODEL.interpolate(z1, z2, [1, 0], u), torch.stack([MODEL(z1, u), MODEL(z2, u)], 1))
     rows, u = MODEL.interpolate(z1, z1, [1, 0], u=5, fresh=True), torch.randn(K, 6, *SHAPE)
     torch.testing.assert_close(rows.flatten(0, 1), MODEL(z1.repeat_interleave(2, 0), u=5))
     torch.testing.assert_close(MODEL.interpolate(z1, z2, [1, 0], u, fresh=True)[:, 1], MODEL(z2, u[:, 1::2]))

@@ -177,7 +177,7 @@ TINY = {
 
 
 def trained(folder: Path, name: str, **changes) -> Path:
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY | changes))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({k: v for k, v in (TINY | changes).items() if v is not None}))
     return train_model.run(folder / "tiny.yaml", folder / name, folder / f"{name}.out")
 
 
@@ -194,7 +194,7 @@ def test_a_recipe_repeats_and_goes_on_where_it_stopped(tmp_path):
     card = json.loads(first.with_suffix(".json").read_text())
     assert card == ShortRun.load(first).training and card["recipe"] == TINY and card["precision"] == "float32"
     for _ in range(2):
-        with pytest.raises(Mistake, match=r"/a/stage2\.\* are of another run of stage 1: delete"):
+        with pytest.raises(Mistake, match=r"/a/stage2\.\* began from another model: delete"):
             trained(tmp_path, "a", stages=[TINY["stages"][0] | {"updates": 4}, TINY["stages"][1]])
 
 
@@ -214,11 +214,14 @@ def test_the_checkpoint_nearest_to_the_training_images_is_kept(tmp_path, monkeyp
     again = trained(tmp_path, "b", stages=stages, select=rule, start=str(path))
     assert torch.equal(weights(again), weights(path))
     assert [*ShortRun.load(again).training["selection"]["classifier_frechet"].values()] == [1.0, 2.0, 2.0, 2.0, 2.0]
+    with pytest.raises(Mistake, match="began from another model"):
+        trained(tmp_path, "b", stages=stages, select=rule, start=str(tmp_path / "a/candidate-4.safetensors"))
 
 
 FAULTS = {
     r"as in 1\.0e-4": {"stages": [*TINY["stages"], {"steps": 2, "updates": 1, "rate": "1e-4"}]},
     "updates": {"stages": [{"steps": 2}]},
+    "renew must": {"stages": None, "moments": [{"steps": 2, "updates": 1, "batch_size": 2, "renew": 0}]},
     "stagse": {"stagse": []},
     "select: first": {"select": {"first": 3, "samples": 6, "seed": 1}},
 }
@@ -232,14 +235,12 @@ def test_a_recipe_with_a_fault_is_refused_before_training(tmp_path, message):
 
 
 def test_a_recipe_of_moments_gives_a_model_that_is_measured(tmp_path):
-    recipe = {k: v for k, v in TINY.items() if k != "stages"} | {"network": {"layer": 1, "image_size": 32}}
-    recipe["moments"] = [{"steps": K, "updates": 2, "batch_size": 4} for K in (2, 3)]
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe))
-    path = train_model.run(tmp_path / "m.yaml", tmp_path / "work", tmp_path)
-    assert re.findall(r"^(\d,\d),", (tmp_path / "m.csv").read_text(), re.M) == ["1,2", "2,2", "3,3", "4,3"]
+    changes = {"stages": None, "network": {"layer": 1, "image_size": 32}}
+    changes["moments"] = [{"steps": K, "updates": 2, "batch_size": 4} for K in (2, 3)]
+    path = trained(tmp_path, "m", **changes)
+    assert re.findall(r"^(\d,\d),", path.with_suffix(".csv").read_text(), re.M) == ["1,2", "2,2", "3,3", "4,3"]
     assert ShortRun.load(path).kernel.steps == 3 and measure(path, samples=100)["relative"] > 0
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe | {"label": 1}))
-    path = train_model.run(tmp_path / "m.yaml", tmp_path / "work", tmp_path)
+    path = trained(tmp_path, "one", **changes, label=1)
     assert ShortRun.load(path).training["images"] == (labels("fashion_mnist_mini", limit=50) == 1).sum()
 
 
@@ -266,7 +267,7 @@ def test_a_shipped_model_is_what_its_recipe_and_card_say_and_makes_images(name):
 
 
 def test_an_untrained_model_measures_as_noise(tmp_path):
-    weak = ShortRun(EnergyNet(1, 32, 2), Langevin(2), dataset="fashion_mnist_mini", training={"recipe": {"limit": 500}})
+    weak = ShortRun(EnergyNet(1, 32, 2), Langevin(2), dataset="fashion_mnist_mini", training={"images": 500})
     path = weak.save(tmp_path / "weak.safetensors")
     measured = measure(path, samples=120, seed=3)
     rows = {name: row["classifier_frechet"] for name, row in measured["rows"].items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the library of this checkout
 
 from srmcmc_lib import LinearEnergy, ShortRun, moments, observed, paths
-from srmcmc_lib.checkpoint import find
+from srmcmc_lib.checkpoint import aside, find
 from srmcmc_lib.data import CLASSES, to_float, to_uint8
 from srmcmc_lib.devices import arithmetic, ranks
 from srmcmc_lib.langevin import chain, integer
@@ -30,8 +30,8 @@ def measure(source, samples: int = 10_000, seed: int = 0, space: str = "classifi
         return {"samples": samples, "seed": seed, "relative": m.relative, "by_chance": m.by_chance} | error
     if space == "classifier" and not model.dataset.startswith("fashion_mnist"):
         raise ValueError(f"the classifier knows Fashion-MNIST, not {model.dataset!r}: take --space inception")
-    size, limit = model.f.image_size, model.training.get("recipe", {}).get("limit", 40_000)
-    training, held_out = observed(model.dataset, size, limit), observed(model.dataset, size, split="test")
+    n, size = (t := model.training).get("images") or t.get("config", {"images": [40_000]})["images"][0], model.shape[1]
+    training, held_out = observed(model.dataset, size, n), observed(model.dataset, size, split="test")
     measured = {"samples": samples, "seed": seed, "reference": f"the {len(training):,} training images"}
     with arithmetic("float32", device):
         learned = embed(training, space, device=device)  # first: it fails where the space does not take such images
@@ -84,8 +84,9 @@ if __name__ == "__main__":
     measured = measure(args.name, args.samples, args.seed, args.space, args.precision)
     print(json.dumps(measured, indent=1, ensure_ascii=False))
     if args.write:
-        command = f"python workflow/scripts/measure_model.py {file.stem} --samples {args.samples} --seed {args.seed}"
+        command = f"python workflow/scripts/measure_model.py {args.name} --samples {args.samples} --seed {args.seed}"
         more = f" --space {args.space} --precision {args.precision}"
         kind, command = (args.space, command + more) if "rows" in measured else ("moments", command)
         card.setdefault("measured", {})[kind] = {"command": command, **measured}
-        file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with aside(file) as part:
+            part.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

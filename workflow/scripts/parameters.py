@@ -24,8 +24,8 @@ def read_yaml(file: Path) -> dict:
         raise Mistake(f"{file} cannot be read as YAML in UTF-8 ({error}); {file.parent}/ has: {there}") from None
     if not isinstance(content, dict):
         raise Mistake(f"{file} must map names to values, like the other files in workflow/")
-    for node in [root, *(v for _, v in root.value if isinstance(v, yaml.MappingNode))]:
-        if len({key.value for key, _ in node.value}) < len(node.value):
+    for node in [root, *(n for _, v in root.value for n in (v.value if isinstance(v, yaml.SequenceNode) else [v]))]:
+        if isinstance(node, yaml.MappingNode) and len({key.value for key, _ in node.value}) < len(node.value):
             raise Mistake(f"{file}: a name is given twice, from line {node.start_mark.line + 1} on")
     return content
 

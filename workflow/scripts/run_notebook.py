@@ -48,8 +48,7 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
         }  # fmt: skip
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         nbformat.write(executed, fresh / notebook.name)
-        html, _ = nbconvert.HTMLExporter().from_notebook_node(executed)
-        (fresh / f"{notebook.stem}.html").write_text(html, encoding="utf-8")
+        (fresh / f"{notebook.stem}.html").write_text(nbconvert.HTMLExporter().from_notebook_node(executed)[0], "utf-8")
         (fresh / ".done").touch()
         if folder.exists():
             folder.rename(Path(aside) / ".last")
@@ -61,8 +60,7 @@ def run(notebook: Path, file: Path, overrides: dict, variant: str, cell_timeout:
 def execute(notebook: Path, output: Path, values: dict, figures: str, cell_timeout: int) -> nbformat.NotebookNode:
     """The executed notebook, without what differs from run to run; papermill also writes `output` as it goes."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ |= {"SRMCMC_FIGURES": str(Path(figures).resolve()), "PYTHONPATH": path}
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel "python3" in the user's home may be another Python
+    os.environ |= {"SRMCMC_FIGURES": str(Path(figures).resolve()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
     try:
         nb = papermill.execute_notebook(
             notebook, output, values, kernel_name="python3", cwd=notebook.parent, execution_timeout=cell_timeout,

@@ -10,7 +10,8 @@ import json
 import platform
 import sys
 import time
-from inspect import signature
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the library of this checkout
@@ -28,7 +29,6 @@ from srmcmc_lib.devices import PRECISIONS, arithmetic, ranks, resolved
 from srmcmc_lib.features import responses
 from srmcmc_lib.langevin import integer
 from srmcmc_lib.metrics import embed, scores
-from srmcmc_lib.progress import read_log
 from srmcmc_lib.training import grow
 
 RECIPES = ROOT / "workflow/recipes"
@@ -46,7 +46,8 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
         for i, (K, settings) in enumerate(stages):
             settings.setdefault("seed", recipe["seed"] + i * (kind == "moments"))
             if kind == "moments":
-                Langevin(K), signature(moments.learn).bind("", "", "", **settings), settings["batch_size"]
+                with suppress(AttributeError):  # `learn` checks its settings before it looks at the model
+                    Langevin(K), settings["batch_size"], next(moments.learn(None, None, None, **settings))
             else:
                 settings["precision"] = precision or settings.get("precision", "auto")
                 Langevin(K), TrainConfig(**settings), settings["updates"]
@@ -68,7 +69,7 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
     with ranks().main_process_first():  # one of them downloads or prepares, the others find it done
         images = observed(recipe["dataset"], recipe["network"]["image_size"], recipe["limit"])
         if "label" in recipe:  # of one class
-            images = images[labels(recipe["dataset"], limit=recipe["limit"]) == recipe["label"]]
+            images = images[labels(recipe["dataset"], limit=recipe["limit"]) == integer("label", recipe["label"], 0, 9)]
     work.mkdir(parents=True, exist_ok=True)
     model, card, logs = by(recipe, stages, images, work)
     if ranks().is_main_process:
@@ -76,8 +77,8 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
         for suffix, log in logs.items():
             copy(log, out / f"{name}{suffix}.csv")
         card["machine"] = f"{platform.machine()}, {model.device.type}, {torch.get_num_threads()} thread(s)"
-        card |= {"torch": torch.__version__, "commit": commit()}
-        model.training = {"recipe": recipe, "images": len(images), **card}
+        card |= {"images": len(images), "torch": torch.__version__, "commit": commit()}
+        model.training = {"recipe": recipe, **card}
         (out / f"{name}.json").write_text(json.dumps(model.training, indent=1) + "\n")
         print(model.save(out / f"{name}.safetensors"))
     return out / f"{name}.safetensors"
@@ -85,35 +86,35 @@ def run(file: Path, work: Path, out: Path, precision: str | None = None) -> Path
 
 def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[ShortRun, dict, dict[str, Path]]:
     """The trained model, what its card says of it, and its logs."""
-    rule, main, device = recipe.get("select"), ranks().is_main_process, ranks().device
+    rule, main, device, seconds = recipe.get("select"), ranks().is_main_process, ranks().device, 0.0
     logs = {f"-stage{i}": work / f"stage{i}.csv" for i in range(1, len(stages) + 1)}
     configs = [TrainConfig(**settings, checkpoint=str(log.with_suffix(".safetensors")), log=str(log))
                for (_, settings), log in zip(stages, logs.values(), strict=True)]  # fmt: skip
     embed(images[:1]) if rule else None  # fail before training if the classifier does not take such images
     torch.manual_seed(recipe["seed"])
     model = ShortRun(EnergyNet(**recipe["network"]), Langevin(stages[0][0]), dataset=recipe["dataset"]).to(device)
-    if "start" in recipe:  # another model's weights
-        model.f.load_state_dict(ShortRun.load(recipe["start"]).f.state_dict())
+    if "start" in recipe:  # another model's weights, which `grow` scales to the first stage's K
+        model.f.load_state_dict((first := ShortRun.load(recipe["start"])).f.state_dict())
+        model.kernel, model.training = first.kernel, {"last": {"start": recipe["start"]}}
     for i, ((K, _), config) in enumerate(zip(stages, configs, strict=True), start=1):
         model, before = grow(model, K), {k: v for k, v in model.training.get("last", {}).items() if k != "seconds"}
         model.training, keeps = {"before": before}, rule and main and i == len(stages)
         updates = train(model, images, config)  # none where an earlier run had finished this stage
         if model.training.get("before", before) != before:
-            raise Mistake(f"{work}/stage{i}.* are of another run of stage {i - 1}: delete them and later stages")
+            raise Mistake(f"{work}/stage{i}.* began from another model: delete them and later stages")
         if keeps and "last" not in model.training:  # it starts anew
             [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
-            if rule["first"] == 0:  # what the stage starts from may be the nearest
-                model.save(work / "candidate-0.safetensors")
-        for record in updates:
-            if keeps and record.step % config.checkpoint_every == 0 and record.step >= rule["first"]:
-                copy(config.checkpoint, work / f"candidate-{record.step}.safetensors")
+        begun = model.training.get("last", {}).get("step", 0)  # a run killed here has not kept this one
+        for t in chain([begun], (record.step for record in updates)):
+            if keeps and t % config.checkpoint_every == 0 and t >= rule["first"]:
+                kept = work / f"candidate-{t}.safetensors"
+                copy(config.checkpoint, kept) if t else model.save(kept)  # what it starts from may be the nearest
+        seconds += model.training["last"]["seconds"]
     card = {"precision": ", ".join({resolved(c.precision, device): 0 for c in configs})}
     if rule and main:
         copy(config.checkpoint, work / f"candidate-{config.updates}.safetensors")
         model, card["selection"] = select(work, range(rule["first"], config.updates + 1), images, rule)
-    if main:
-        card["hours"] = round(sum(read_log(log)[-1].seconds for log in logs.values()) / 3600, 3)
-    return model, card, logs
+    return model, card | {"hours": round(seconds / 3600, 3)}, logs
 
 
 def select(work: Path, steps: range, images: Tensor, rule: dict) -> tuple[ShortRun, dict]:
