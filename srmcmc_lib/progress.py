@@ -95,7 +95,7 @@ class Progress:
     @torch.no_grad()
     def restore(self) -> None:
         """Goes on from the resume file, if there is one; ValueError where it is damaged or made with other settings."""
-        file, anew = Path(self.config.checkpoint), "pass resume=False to start anew"
+        file, anew = Path(self.config.checkpoint), "delete it to start anew (in Python: resume=False)"
         if not (path := resume_file(file)).exists():
             if file.exists():
                 raise ValueError(f"{file} is a model without {path.name}, the state of its run: load it with "
@@ -125,7 +125,7 @@ class Progress:
         lowered = config.rate_final is not None or config.sigma_final is not None
         now = config.horizon or config.updates
         if lowered and saved["horizon"] != now:
-            differ.append(f"horizon={saved['horizon']} (None: as many updates as it had) where it is {now} now")
+            differ.append(f"horizon={saved['horizon']} (None: as many as its updates) where it is {now} now")
         return differ
 
     def _fill(self, saved: dict) -> None:

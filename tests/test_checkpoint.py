@@ -74,7 +74,7 @@ def test_a_network_of_ones_own_is_filled_by_load(path):
     (model := ShortRun(Linear(), Langevin(3))).save(path)
     assert torch.equal(ShortRun.load(path, f=Linear()).sample(2, 0), model.sample(2, 0))
     (other := Linear()).add_module("more", nn.Linear(1, 1))
-    for f, message in ((None, "of a Linear: build"), (other, "damaged or"), (EnergyNet(1, 8), "but yours is")):
+    for f, message in ((None, "of a Linear: build"), (other, "not of this f"), (EnergyNet(1, 8), "but yours is")):
         with pytest.raises(ValueError, match=f"^{path} .*{message}"):
             ShortRun.load(path, f=f)
     with pytest.raises(ValueError, match=r"kernel .*'steps': 3.*but yours is .*'steps': 4"):

@@ -137,7 +137,7 @@ def test_resuming_with_other_settings_is_refused_at_the_call(tmp_path, change, m
     c, other = config(updates=2, sigma_final=0.0, checkpoint=tmp_path / "c.safetensors"), change.pop("model", tiny())
     list(train(tiny(), IMAGES, c))
     before, start = c.checkpoint.read_bytes(), weights(other)
-    with pytest.raises(ValueError, match=f"c.resume.pt was made with {message}.*pass resume=False"):
+    with pytest.raises(ValueError, match=f"c.resume.pt was made with {message}.*resume=False"):
         train(other, IMAGES, replace(c, **change))
     assert same(weights(other), start) and c.checkpoint.read_bytes() == before
     assert [r.step for r in train(tiny(), IMAGES, replace(c, updates=3, horizon=2, checkpoint_every=7))] == [3]
@@ -170,7 +170,7 @@ def test_a_damaged_resume_file_is_refused_by_name(tmp_path, damage):
     ("checkpoint", "log", "message"),
     [("c.pt", None, "c.pt is not a .safetensors file"),
      ("c.safetensors", "other.csv", "other.csv is not a .csv file that train may write to"),
-     ("m.safetensors", None, "m.safetensors is a model without m.resume.pt.*or pass resume=False")],
+     ("m.safetensors", None, "m.safetensors is a model without m.resume.pt.*or delete it to start anew")],
 )  # fmt: skip
 def test_files_that_train_may_not_write_to_are_refused_at_the_call(tmp_path, checkpoint, log, message):
     (tmp_path / "other.csv").write_bytes("größe,1\n".encode("latin-1"))

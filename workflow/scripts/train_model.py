@@ -41,7 +41,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
     try:
         optional = {"select", "start"} if kind == "stages" else {"label"}
         if {*recipe} - optional != {"dataset", "limit", "network", "seed", kind} or not recipe[kind]:
-            raise ValueError(f"a recipe has dataset, limit, network, seed and {kind}, not {', '.join(recipe)}")
+            raise ValueError(f"a recipe has dataset, limit, network, seed and {kind}, but here: {', '.join(recipe)}")
         stages = [(s["steps"], {k: v for k, v in s.items() if k != "steps"}) for s in recipe[kind]]
         for i, (K, settings) in enumerate(stages):
             settings.setdefault("seed", recipe["seed"] + i * (kind == "moments"))
@@ -55,7 +55,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
             for key, low, high in (("first", 0, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
                 integer(f"select: {key}", rule[key], low, high)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Mistake(f"{file}: {type(error).__name__}: {error} (write numbers as in 1.0e-4)") from None
+        raise Mistake(f"{file}: {type(error).__name__}: {error} (TrainConfig's names, numbers as in 1.0e-4)") from None
     return recipe, stages
 
 
