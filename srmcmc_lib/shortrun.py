@@ -178,6 +178,6 @@ class ShortRun:
             model = cls(f, kernel, prior, meta["dataset"], meta["training"])
             f.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged (take another copy), of another version or not of this f: {error}") from error
+            raise ValueError(f"{path} is damaged (take another copy), or not of this f or version: {error}") from error
         model.to(device)
         return model.to(torch.bfloat16) if resolved(precision, model.device) == "bf16" else model
