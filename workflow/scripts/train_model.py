@@ -55,7 +55,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
             for key, low, high in (("first", 0, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
                 integer(f"select: {key}", rule[key], low, high)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Mistake(f"{file}: {type(error).__name__}: {error} (TrainConfig's names, numbers as in 1.0e-4)") from None
+        raise Mistake(f"{file}: {type(error).__name__}: {error} (write numbers as in 1.0e-4)") from None
     return recipe, stages
 
 
@@ -102,10 +102,10 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
         updates = train(model, images, config)  # none where an earlier run had finished this stage
         if model.training.get("before", before) != before:
             raise Mistake(f"{work}/stage{i}.* began from another model: delete them and later stages")
-        if keeps and "last" not in model.training:  # it starts anew
+        begun = model.training.get("last", {}).get("step", 0)
+        if keeps and not begun:  # it starts anew
             [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
-        begun = model.training.get("last", {}).get("step", 0)  # a run killed here has not kept this one
-        for t in chain([begun], (record.step for record in updates)):
+        for t in chain([begun], (record.step for record in updates)):  # killed at `begun`, a run has not kept that
             if keeps and t % config.checkpoint_every == 0 and t >= rule["first"]:
                 kept = work / f"candidate-{t}.safetensors"
                 copy(config.checkpoint, kept) if t else model.save(kept)  # what it starts from may be the nearest
