@@ -32,8 +32,8 @@ def observed(name: str, image_size: int = 32, limit: int | None = 40_000, split:
 
     A folder is read with all below it, linked folders too, without hidden files and Thumbs.db. `PATH/train` and
     `PATH/test` are its splits where they exist; without `PATH/train`, all of PATH but `PATH/test` is "train". One
-    warning names the files that Pillow cannot read. Transparent images are laid on white. ValueError: a bad argument,
-    a damaged file, no readable image; FileNotFoundError: the data set is not here, and how to get it.
+    warning names the files that Pillow cannot read. Transparent images are laid on white. ValueError for a bad
+    argument, a damaged file or no readable image; FileNotFoundError, with what to do, where the data set is missing.
     """
     size, limit = integer("image_size", image_size, 4, 1024), _limit(split, limit)
     if name.startswith("folder:"):

@@ -24,7 +24,7 @@ PRECISIONS = ("auto", "float32", "tf32", "bf16")
 
 def ranks() -> PartialState:
     """The processes that train together, usually one, and this one's place, device and role among them."""
-    # told that there is no GPU, accelerate joins processes on CPUs; without, each would train alone
+    # accelerate joins CPU processes only when told that there is no GPU; otherwise each would train alone
     no_gpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
     return PartialState(cpu=no_gpu, timeout=timedelta(hours=2))  # others may wait while one prepares a data set
 
@@ -74,8 +74,7 @@ def resolved(precision: str, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if precision == "bf16" and device.type in ("cpu", "cuda") and not native_bf16(device):
-        warnings.warn(f"this {device.type} has no bfloat16 instructions: bf16 is far slower than float32 here; "
-                      "take precision='auto'", stacklevel=2)  # fmt: skip
+        warnings.warn(f"bf16 is slow: this {device.type} has no bfloat16 instructions; take 'auto'", stacklevel=2)
     return precision if precision != "auto" else "bf16" if native_bf16(device) else "float32"
 
 
@@ -85,12 +84,10 @@ def chain_copy(f: nn.Module, precision: str) -> nn.Module:
     return copy.deepcopy(f).to(torch.bfloat16) if precision == "bf16" else f
 
 
-@torch.no_grad()
 def refresh(climbed: nn.Module, f: nn.Module) -> None:
-    """Copies f's parameters to `climbed`, once an update; nothing to do where the chain climbs f itself."""
+    """Copies f's weights to `climbed`, once an update; nothing to do where the chain climbs f itself."""
     if climbed is not f:
-        for copied, p in zip(climbed.parameters(), f.parameters(), strict=True):
-            copied.copy_(p)
+        climbed.load_state_dict(f.state_dict())
 
 
 @contextmanager

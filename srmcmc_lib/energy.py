@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 aten = torch.ops.aten
-ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains are inverted almost exactly, those of 0.1 less so
+ROUNDING = 0.2  # r of RoundedLeakyReLU; its chains can be inverted almost exactly, with 0.1 less so
 
 
 class RoundedLeakyReLU(nn.Module):
@@ -94,9 +94,9 @@ class EnergyNet(nn.Module):
     def gradient(self, x: Tensor) -> Tensor:
         """∂f/∂x of each image, [B, C, H, W] → [B, C, H, W]: a pass up through the filters, and one down.
 
-        On its way down the gradient is painted by the filters of those units that were on: the picture that Xie et
-        al. (2016) draw of a generative ConvNet. It equals automatic differentiation within rounding and is faster:
-        nothing is recorded, and derivatives are applied in place. A bfloat16 copy of f returns x's type all the same.
+        On the way down, the filters of the active units build the gradient, as in the generative ConvNet of Xie et al.
+        (2016). It equals automatic differentiation within rounding and is faster: nothing is recorded, and derivatives
+        are applied in place. A bfloat16 copy of f returns x's type all the same.
         """
         *convolutions, top = self.layers[::2]
         times_derivative, h, inputs = ACTIVATIONS[self.activation][1], self._padded(x).to(top.weight.dtype), []
@@ -111,9 +111,8 @@ class EnergyNet(nn.Module):
         return F.pad(g, [-p for p in self.padding]) if any(self.padding) else g
 
     def _padded(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1:] != (self.channels, self.image_size, self.image_size):
-            size = f"{self.channels}, {self.image_size}, {self.image_size}"
-            raise ValueError(f"f_θ takes images of shape [B, {size}], got {list(x.shape)}")
+        if (shape := [self.channels, self.image_size, self.image_size]) != [*x.shape[1:]]:
+            raise ValueError(f"f_θ takes images of shape [B, {str(shape)[1:]}, got {[*x.shape]}")
         return F.pad(x, self.padding).contiguous(memory_format=torch.channels_last)
 
 
@@ -128,6 +127,5 @@ def rescale(f: nn.Module, c: float) -> None:
     x = torch.linspace(-1, 1, f.channels * f.image_size**2).view(1, f.channels, f.image_size, f.image_size)
     x = x.to(next(scaled.parameters()))
     if not torch.allclose(scaled(x), c * exact(x), rtol=1e-3):
-        raise ValueError(f"{type(f).__name__} cannot be scaled: its value must come from its last convolution or "
-                         "linear layer")  # fmt: skip
+        raise ValueError(f"{type(f).__name__} cannot be scaled: f must be the output of its last Conv2d or Linear")
     f.load_state_dict(scaled.state_dict())

@@ -69,6 +69,8 @@ def load_features(layer=None, source: str | Path | Classifier = NAME, cells: lis
     """h(x) of a layer, 1 … 4 (d = 32, 64, 128, 128; None: the deepest), or of all up to it by layer + 1 `cells`."""
     model = source if isinstance(source, Classifier) else load_classifier(source)
     layer = len(model.stages) if layer is None else integer("layer", layer, 1, len(model.stages))
+    if cells and (len(cells) != layer + 1 or not any(cells)):
+        raise ValueError(f"cells must hold {layer + 1} integers (the image, then each layer), not all 0; got {cells}")
     # batch normalisation becomes part of the convolution: 0.8 of the time
     fused = (nn.Sequential(fuse_conv_bn_eval(conv, norm), relu) for conv, norm, relu in model.eval().stages[:layer])
     return Features(nn.Sequential(*fused), model.channels, model.image_size, cells)
@@ -82,11 +84,11 @@ def responses(h: nn.Module, x: Tensor, batch_size: int = 250) -> Tensor:
 
 
 class LinearEnergy(nn.Module):
-    """f_θ(x) = <θ, h(x)> with fixed features h, [B, C, H, W] → [B]: the case that the paper's theory speaks of.
+    """f_θ(x) = <θ, h(x)> with fixed features h, [B, C, H, W] → [B]: the case of the paper's theory.
 
-    Only θ [d] is learned, from θ = 0; ∂f/∂θ = h(x). `layer`, `source`, `cells` are load_features'; C = channels and
-    H = W = image_size must be the classifier's (else ValueError). A checkpoint holds h's weights beside θ, lest it
-    change when the classifier is trained again; to fill from one, trained=False leaves them random.
+    Only θ [d] is trained, from θ = 0; ∂f/∂θ = h(x). `layer`, `source`, `cells` are those of load_features; channels and
+    image_size must be the classifier's (else ValueError). A checkpoint holds h's weights beside θ, so that training the
+    classifier again does not change the model. trained=False leaves h random, to be filled from a checkpoint.
     """
 
     def __init__(self, channels=1, image_size=32, layer: int | None = None, source=NAME, trained=True, cells=None):

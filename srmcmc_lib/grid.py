@@ -30,7 +30,7 @@ class GridWorld:
     p_data: np.ndarray  # the data distribution [n]
     p_0: np.ndarray  # the initial one [n]
     delta_tau: float = 0.02  # Δτ; the proposal's width √Δτ should be at least the grid's spacing
-    reach: float = 8.0  # the cut-off in standard deviations √Δτ: 8 changes no digit, 5 the sixth
+    reach: float = 8.0  # the cut-off in standard deviations √Δτ: 8 keeps all digits, 5 keeps five
     adjusted: bool = True  # with the Metropolis-Hastings test; False is eq. (4) as the paper runs it
 
     def __post_init__(self):

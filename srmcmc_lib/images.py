@@ -111,7 +111,7 @@ def prepare(key: str, size: int, items: Sequence, read: Callable[[object], Image
                     elif len(array) > channels:
                         return prepare(key, size, items, read, 3, limit, remedy)
                     else:
-                        f.write(np.broadcast_to(array, (channels, size, size)).tobytes())  # a full disk kills a map
+                        f.write(np.broadcast_to(array, (channels, size, size)).tobytes())  # maps crash on full disks
                     bar.update()
                 start += len(block)
         if not n or (unread and remedy):
@@ -133,7 +133,7 @@ def _stamp(files: list[Path]) -> str:  # changes when a file is changed, added, 
 
 
 def _walk(root: Path, seen: set[str]) -> list[Path]:
-    """All files below root, sorted, through links, locked ones too; without hidden files and the folders in `seen`."""
+    """All files below root, sorted, links followed, unreadable folders as files; none hidden, no folder in `seen`."""
     files = []
     for here, folders, names in os.walk(root, followlinks=True, onerror=lambda e: files.append(Path(e.filename))):
         new = os.path.realpath(here) not in seen

@@ -31,12 +31,10 @@ class Langevin:
     noise: float = 0.01  # ε ≥ 0, the noise's standard deviation per step (theirs: 0.01); 0 is plain gradient ascent
 
     def __post_init__(self):
-        checked = integer("steps (K)", self.steps), float(self.step_size), float(self.noise)  # NumPy's numbers as well
-        for name, value in zip(("steps", "step_size", "noise"), checked, strict=True):
-            object.__setattr__(self, name, value)
-        if not 0 < self.step_size < float("inf") or not 0 <= self.noise < float("inf"):
-            got = f"{self.step_size!r} and {self.noise!r}"
-            raise ValueError(f"step_size must be positive, noise at least 0, both finite; got {got}")
+        K, s, ε = integer("steps (K)", self.steps), float(self.step_size), float(self.noise)  # NumPy's numbers as well
+        vars(self).update(steps=K, step_size=s, noise=ε)  # the dataclass is frozen
+        if not 0 < s < float("inf") or not 0 <= ε < float("inf"):
+            raise ValueError(f"step_size must be positive, noise at least 0, both finite; got {s} and {ε}")
 
     def step(self, x: Tensor, gradient: Tensor, u: Tensor | float) -> Tensor:
         """Eq. (4), one step from x with f'(x) and u ~ N(0, I), all [B, …]; u = 0 is the noise-free step."""

@@ -15,10 +15,10 @@ from .data import check_images, to_float, to_uint8
 from .features import load_classifier, load_features, responses
 
 NAMES = {  # of the scores in each space: never to be confused
-    "classifier": ("classifier_frechet", "classifier_kernel", "classifier_score"),  # on a scale known nowhere else
+    "classifier": ("classifier_frechet", "classifier_kernel", "classifier_score"),  # comparable in this project only
     "inception": ("FID", "KID", "IS"),  # the paper's
 }
-WIDTHS = {"classifier": 128, "inception": 2048}  # d, by which the features of one space are told from the other's
+WIDTHS = {"classifier": 128, "inception": 2048}  # d: tells which space features come from
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def embed(images: Tensor, space: str = "classifier", batch_size: int = 250, devi
 @cache
 def _inception() -> nn.Module:
     try:  # the network that torchmetrics' FID uses, asked for both its outputs at once
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval()
     except OSError as error:  # urllib's errors are OSErrors
         remedy = f"put {URL_INCEPTION_V3} (92 MB) in {torch.hub.get_dir()}/checkpoints, or use space='classifier'"
         raise FileNotFoundError(f"the Inception-v3 weights could not be fetched ({error}): {remedy}") from error
@@ -62,7 +62,7 @@ def scores(images: Tensor | tuple, reference: Tensor | tuple, space: str = "clas
     given.num_features = h.shape[1]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
-        torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
+        torch.default_generator.manual_seed(int(seed))  # torchmetrics draws its subsets from the global generator
         frechet, score = FrechetInceptionDistance(given), InceptionScore(given)
         kernel = KernelInceptionDistance(given, subset_size=min(1_000, len(h), len(h_reference)))
         for metric in (frechet, kernel):

@@ -69,10 +69,8 @@ class Update(NamedTuple):
     delta: Tensor
 
 
-def learn(
-    model: ShortRun, data: Tensor, images: Tensor, updates: int, batch_size: int = 64, rate: float = 0.3,
-    decay: float = 20.0, damping: float = 0.005, renew: int = 12, seed: int = 0,
-) -> Iterator[Update]:  # fmt: skip
+def learn(model: ShortRun, data: Tensor, images: Tensor, updates: int, batch_size: int = 64, rate: float = 0.3,
+          decay: float = 20.0, damping: float = 0.005, renew: int = 12, seed: int = 0) -> Iterator[Update]:  # fmt: skip
     """Algorithm 1 for f_θ = <θ, h>, with changes of ours that need θ to be d numbers, not a network's weights.
 
     Eq. (6) is Δ(θ) = E_data[h] − E_q[h]. E_data[h] is known, so no observed images are drawn (σ = 0). And the step is
@@ -83,9 +81,9 @@ def learn(
 
     Args:
         model, data: f is a LinearEnergy; training starts from its θ, and leaves the average there. E_data[h], [d].
-        images: uint8 [n, C, H, W]. If θ = 0, four stand for the chains' last states in G, lest training diverge.
+        images: uint8 [n, C, H, W]. While θ = 0, four replace the chains' last states in G: else training may diverge.
         rate, decay, damping: η_0, and the update at which it starts to fall; λ as a fraction of ‖G‖.
-        renew: every so many updates, G is made anew from four chains' states: first, half way and last.
+        renew: G is computed again every `renew` updates, from the first, middle and last states of four chains.
     """
     for name, value in (("updates", updates), ("batch_size", batch_size), ("renew", renew)):
         integer(name, value)

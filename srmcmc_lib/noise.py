@@ -86,7 +86,7 @@ def fresh(seed: int, t: int, device: torch.device) -> list[Generator]:
     """Four generators for update t of a training run, made anew from (seed, t): for which x⁺, their noise, z and u.
 
     So a resumed run needs no generator's state. The first is on the CPU, where the images are, the others on the
-    device: K·m images of noise an update, drawn on the CPU, would take longer than a GPU's chain.
+    device: drawing K·m noise images an update on the CPU would take longer than the chain on a GPU.
     """
     seeds = np.random.SeedSequence(seed, spawn_key=(t,)).generate_state(4)
     return [Generator(d).manual_seed(int(s)) for d, s in zip(("cpu", *[device] * 3), seeds, strict=True)]

@@ -14,7 +14,7 @@ def home() -> Path:
 
 
 def data() -> Path:  # where users put data sets
-    return Path(os.environ.get("SRMCMC_DATA", home() / "data")).expanduser()
+    return home() / Path(os.environ.get("SRMCMC_DATA", "data")).expanduser()
 
 
 def cache() -> Path:  # prepared image tensors; safe to delete

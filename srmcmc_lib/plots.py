@@ -59,10 +59,8 @@ def strips(rows: Sequence | dict, labels: Sequence[str], title: str = "", split:
     names, rows = (list(rows), list(rows.values())) if isinstance(rows, dict) else ([], rows)
     n, margin = len(labels), 0.1 + 0.075 * max(map(len, names), default=0)  # inches, for the names
     widths = np.insert(np.ones(n), split, 0.25) if split is not None else np.ones(n)
-    figure, axes = subplots(
-        len(rows), len(widths), figsize=(0.75 * widths.sum() + margin, 0.75 * len(rows) + 0.42), squeeze=False,
-        gridspec_kw={"width_ratios": widths, "wspace": 0.04, "hspace": 0.04},
-    )  # fmt: skip
+    size, gaps = (0.75 * widths.sum() + margin, 0.75 * len(rows) + 0.42), {"wspace": 0.04, "hspace": 0.04}
+    figure, axes = subplots(len(rows), len(widths), figsize=size, width_ratios=widths, squeeze=False, gridspec_kw=gaps)
     left, top = margin / figure.get_figwidth(), 1 - (0.42 if title else 0.2) / figure.get_figheight()
     figure.subplots_adjust(left=left, right=0.99, bottom=0.01, top=top)
     for ax in axes.flat:

@@ -2,11 +2,10 @@
 
 import copy
 import csv
-import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +63,8 @@ class Progress:
             decay = min(self.config.average, (1 + self.step) / (10 + self.step))
             for mean, p in zip(self.averaged.parameters(), self.model.f.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
+            for kept, b in zip(self.averaged.buffers(), self.model.f.buffers(), strict=True):
+                kept.copy_(b)  # of spectral normalisation, for instance
 
     def save(self, record: Record, main: bool = True) -> None:
         """Writes checkpoint and resume file. Those before are kept as NAME.previous, unless another run wrote them."""
@@ -105,8 +106,7 @@ class Progress:
             saved = torch.load(path, self.model.device, weights_only=True)
             if not (differ := self._differences(saved)):
                 self._fill(saved)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, OSError,
-                pickle.UnpicklingError) as error:  # fmt: skip
+        except Exception as error:  # torch.load raises almost anything
             remedy = f"rename {older} to {path.name}" if (older := previous(path)).exists() else anew
             raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
         if differ:
@@ -114,8 +114,8 @@ class Progress:
         self.resumes = True
         if self.step == self.config.updates:  # nothing left to do
             self.finish(Record(**self.model.training["last"]))
-            if ranks().is_main_process:  # a run killed just before its end has not written it
-                self.model.save(file)
+        if ranks().is_main_process:  # a run killed between its two files has not written this one
+            replace(self.model, f=self.averaged).save(file)
 
     def _differences(self, saved: dict) -> list[str]:
         was, config = {"dataset": self.model.dataset} | saved["settings"], self.config  # older files have no data set
@@ -164,20 +164,17 @@ def open_log(path: str | Path, step: int) -> Callable[[Record], None]:
     path, names = Path(path).resolve(), [f.name for f in fields(Record)]  # a link stays one
     kept = [r for r in read_log(path) if r.step <= step] if step and path.is_file() else []
 
-    def write(records: Sequence[Record], mode: str = "a", target: Path = path) -> None:
+    def write(rows: Sequence[Sequence], mode: str = "a", target: Path = path) -> None:
         try:
             with target.open(mode, newline="") as file:
-                rows = csv.DictWriter(file, names)
-                if mode == "w":
-                    rows.writeheader()
-                rows.writerows(asdict(r) for r in records)
+                csv.writer(file).writerows(rows)
         except OSError as error:
             raise OSError(f"the log {path} could not be written ({error}): free disk space, then train again; it goes "
                           "on from the last checkpoint") from error  # fmt: skip
 
     with checkpoint.aside(path) if kept else nullcontext(path) as part:  # a run killed here must find its rows
-        write(kept, "w", part)
-    return lambda record: write([record])
+        write([names, *map(astuple, kept)], "w", part)
+    return lambda record: write([astuple(record)])
 
 
 def learning_curves(source: str | Path) -> list[tuple[int, list[Record]]]:

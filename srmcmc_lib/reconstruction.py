@@ -78,11 +78,9 @@ def hessian_product(f, x: Tensor, v: Tensor) -> Tensor:
     return torch.autograd.functional.vhp(lambda x: value(f, x).sum(), x, v)[1]
 
 
-def reconstruct(
-    model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
-    gradient: str = "auto", seed: int | Generator = 0, u: Noise = None, keep: Sequence[int] = (),
-    mask: Tensor | None = None,
-) -> Reconstruction:  # fmt: skip
+def reconstruct(model, x: Tensor, iterations: int = 200, eta: float | None = None, schedule: str | None = None,
+                gradient: str = "auto", seed: int | Generator = 0, u: Noise = None, keep: Sequence[int] = (),
+                mask: Tensor | None = None) -> Reconstruction:  # fmt: skip
     """The z whose image M_θ(z, u) is nearest to x: z_{t+1} = z_t − 2 η_t e_t, e_t from M_θ(z_t, u) − x (figure 4).
 
     Every image of x, [B, C, H, W] in [-1, 1], is its own problem, from its own z_0 ~ p_0 (`seed`). The best z_t seen is

@@ -99,10 +99,8 @@ class ShortRun:
             parts.append(self(z, self._noise(seed, len(z), start)))
         return torch.cat(parts)
 
-    def interpolate(
-        self, z1: Tensor, z2: Tensor, rhos: Sequence[float] | Tensor, u: Noise = None,
-        mixing: str = "variance", fresh: bool = False,
-    ) -> Tensor:  # fmt: skip
+    def interpolate(self, z1: Tensor, z2: Tensor, rhos: Sequence[float] | Tensor, u: Noise = None,
+                    mixing: str = "variance", fresh: bool = False) -> Tensor:  # fmt: skip
         """Rows M_θ(z_ρ, u) with z_ρ = ρ z_1 + √(1 − ρ²) z_2 (figures 3 and 7), [B, C, H, W] twice → [B, R, C, H, W].
 
         With ρ falling from 1 to 0, a row leads from M_θ(z_1) at its left to M_θ(z_2) at its right. The paper does not
@@ -147,10 +145,8 @@ class ShortRun:
         return checkpoint.write(path, meta, {f"f.{k}": v for k, v in self.f.state_dict().items()})
 
     @classmethod
-    def load(
-        cls, source: str | Path, f: nn.Module | None = None, device: torch.device | str = "cpu",
-        precision: str = "float32", kernel: Langevin | None = None,
-    ) -> "ShortRun":  # fmt: skip
+    def load(cls, source: str | Path, f: nn.Module | None = None, device: torch.device | str = "cpu",
+             precision: str = "float32", kernel: Langevin | None = None) -> "ShortRun":  # fmt: skip
         """A saved model: a path, or the name of one shipped in srmcmc_lib/pretrained. Never unpickles.
 
         f and kernel are the network to fill and the kernel, where they are of classes of your own. precision is that of

@@ -1,4 +1,4 @@
-"""Sliders around functions that draw a figure. Alone imports ipywidgets.
+"""Sliders around functions that draw a figure. The only module that imports ipywidgets.
 
 They need a live kernel and leave nothing in a notebook that is run headlessly: draw and save the figure itself first.
 """
@@ -19,11 +19,8 @@ def slider(draw: Callable[[int], object], values: Sequence[int], value: int, lab
 def explore(draw: Callable[..., object], seed: int, **scales: tuple[Sequence, object]) -> VBox:
     """Several sliders and a "new seed" button around the figure draw(seed=…, name=value, …).
 
-    A drag redraws the figure at once, so compute whatever is slow once for each seed (functools.cache), and only look
-    it up in draw.
-
-    Each press of the button adds 1 to the seed. `scales` holds, for each further argument of draw, the values to choose
-    from and the first value.
+    `scales` holds, for each further argument of draw, the values to choose from and the first one. The button adds 1 to
+    the seed. A drag redraws at once: compute what is slow once for each seed (functools.cache), and look it up in draw.
     """
     handles = {k: SelectionSlider(options=list(v), value=first, description=k) for k, (v, first) in scales.items()}
     box = interactive(lambda **chosen: draw(seed=seed, **chosen), SHOW, **handles)

@@ -56,10 +56,6 @@ for i, kill in enumerate(KILLS):  # each a process of its own
 """
 
 
-def state(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def test_a_killed_run_resumes_to_the_bit(tmp_path):
     """SIGKILL half way through the resume file, between the two files, after them, and half way through the last model.
 
@@ -83,15 +79,18 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     for i, stored in enumerate([(4, 4), (8, 4), (12, 12), (14, 12)]):
         copy = tmp_path / str(i)
         step = ShortRun.load(copy / "c.safetensors").training["last"]["step"]
-        assert (state(copy / "c.resume.pt")["step"], step) == stored
+        assert (torch.load(copy / "c.resume.pt")["step"], step) == stored
         assert [r.step for r in read_log(copy / "log.csv")] == [*range(1, KILLS[i][2] + 1)]
 
+    between = tmp_path / "1/c.safetensors"  # the model file is written again at once
+    train(tiny(width=4, activation="silu"), IMAGES, TrainConfig(checkpoint=between, **LONG))
+    assert ShortRun.load(between).training["last"]["step"] == 8
     resumed, run = tiny(width=4, activation="silu"), TrainConfig(checkpoint=folder / "c.safetensors", **LONG)
     assert list(train(resumed, IMAGES, run)) == [] and same(weights(resumed), weights(calm))
     assert timeless(read_log(folder / "log.csv")) == expected
     paths = [folder / "c.safetensors", tmp_path / "calm.safetensors"]
     assert same(*[weights(ShortRun.load(path)) for path in paths])
-    one, other = (state(path.with_suffix(".resume.pt")) for path in paths)
+    one, other = (torch.load(path.with_suffix(".resume.pt")) for path in paths)
     assert one["adam"]["state"] and one["step"] == other["step"] and one["ratios"] == other["ratios"]
     parts = [[s["f"], s["mean"], *s["adam"]["state"].values()] for s in (one, other)]
     for a, b in zip(*parts, strict=True):
@@ -156,7 +155,7 @@ def test_a_damaged_resume_file_is_refused_by_name(tmp_path, damage):
     c = config(average=0.5, checkpoint_every=3, checkpoint=tmp_path / "c.safetensors")
     list(train(tiny(), IMAGES, c))
     file, older = tmp_path / "c.resume.pt", tmp_path / "c.previous.resume.pt"
-    content = state(file)
+    content = torch.load(file)
     DAMAGE[damage](content)
     torch.save(content, file)
     os.truncate(file, file.stat().st_size - (100 if damage == "cut off" else 0))

@@ -223,6 +223,7 @@ FAULTS = {
     "updates": {"stages": [{"steps": 2}]},
     "renew must": {"stages": None, "moments": [{"steps": 2, "updates": 1, "batch_size": 2, "renew": 0}]},
     "stagse": {"stagse": []},
+    "argument: 'image_size'": {"network": {"channels": 1}},
     "select: first": {"select": {"first": 3, "samples": 6, "seed": 1}},
 }
 

@@ -84,9 +84,9 @@ if __name__ == "__main__":
     measured = measure(args.name, args.samples, args.seed, args.space, args.precision)
     print(json.dumps(measured, indent=1, ensure_ascii=False))
     if args.write:
+        kind = args.space if "rows" in measured else "moments"
         command = f"python workflow/scripts/measure_model.py {args.name} --samples {args.samples} --seed {args.seed}"
-        more = f" --space {args.space} --precision {args.precision}"
-        kind, command = (args.space, command + more) if "rows" in measured else ("moments", command)
+        command += f" --space {args.space} --precision {args.precision}"
         card.setdefault("measured", {})[kind] = {"command": command, **measured}
         with aside(file) as part:
             part.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

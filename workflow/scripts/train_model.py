@@ -51,6 +51,7 @@ def read_recipe(file: Path, precision: str | None = None) -> tuple[dict, list[tu
             else:
                 settings["precision"] = precision or settings.get("precision", "auto")
                 Langevin(K), TrainConfig(**settings), settings["updates"]
+        (EnergyNet if kind == "stages" else LinearEnergy)(**recipe["network"]), recipe["network"]["image_size"]
         if rule := recipe.get("select"):
             for key, low, high in (("first", 0, stages[-1][1]["updates"]), ("samples", 2, None), ("seed", 0, None)):
                 integer(f"select: {key}", rule[key], low, high)
@@ -106,13 +107,12 @@ def by_stages(recipe: dict, stages: list, images: Tensor, work: Path) -> tuple[S
         if keeps and not begun:  # it starts anew
             [*map(Path.unlink, work.glob("candidate-*"))]  # those of another run
         for t in chain([begun], (record.step for record in updates)):  # killed at `begun`, a run has not kept that
-            if keeps and t % config.checkpoint_every == 0 and t >= rule["first"]:
+            if keeps and t >= rule["first"] and (t % config.checkpoint_every == 0 or t == config.updates):
                 kept = work / f"candidate-{t}.safetensors"
                 copy(config.checkpoint, kept) if t else model.save(kept)  # what it starts from may be the nearest
         seconds += model.training["last"]["seconds"]
     card = {"precision": ", ".join({resolved(c.precision, device): 0 for c in configs})}
     if rule and main:
-        copy(config.checkpoint, work / f"candidate-{config.updates}.safetensors")
         model, card["selection"] = select(work, range(rule["first"], config.updates + 1), images, rule)
     return model, card | {"hours": round(seconds / 3600, 3)}, logs
 
