@@ -40,6 +40,6 @@ def test_notebook_02_runs_with_a_model_of_ones_own(tmp_path, monkeypatch):
     for cell in code("02_interpolation"):
         exec(re.sub(r"ShortRun\.load\((\w+)\)", r'MODELS["\1"]', cell["source"]), space)
         if "parameters" in cell["metadata"].get("tags", []):
-            space |= {"rows": 2, "many": 8, "points": 5, "pairs": 1, "iterations": 1}
+            space |= {"rows": 2, "many": 8, "points": 5, "pairs": 1, "iterations": 1, "trial": 2}
     assert space["model"] is model
     assert len(list(tmp_path.glob("*/*.png"))) == len(list((ROOT / "figures/02_interpolation").glob("*.png")))
