@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -89,12 +89,14 @@ class Lock:
 
     def __init__(self, path: Path):
         self.path = path.with_name(f".{path.name}.lock")
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        finalize(self, os.close, file)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another process is training to {path}: wait for it, or give another name") from error
+
+    def __del__(self):
+        os.close(self.file)
 
 
 LIVE: WeakValueDictionary[tuple, Lock] = WeakValueDictionary()  # closing one of two would unlock the file for both
